@@ -1,0 +1,72 @@
+"""stagekit trains language models in declared stages on top of Hugging Face TRL.
+
+    from stagekit import DPO, LoRA, TrainingPipeline, TrainingStage
+
+Names are loaded when they are first used: `import stagekit` alone costs nothing.
+"""
+
+import importlib
+from typing import Any
+
+
+_HOME = {
+    "TrainingPipeline": "pipeline",
+    "TrainingStage": "stage",
+    "PipelineResult": "result",
+    "StageResult": "result",
+    "ConfigError": "errors",
+    "Interrupted": "errors",
+    "Problem": "errors",
+    "RunLocked": "errors",
+    "StageError": "errors",
+    "StagekitError": "errors",
+    "Data": "groups",
+    "EarlyStopping": "groups",
+    "Generation": "groups",
+    "LoRA": "groups",
+    "Reference": "groups",
+    "SFT": "adapters",
+    "DPO": "adapters",
+    "Constitutional": "adapters",
+    "PrinciplePair": "adapters.constitutional",
+    "Evaluation": "adapters",
+    "Custom": "adapters",
+    "CustomContext": "job",
+    "load": "parse",
+}
+
+__all__ = [
+    "DPO",
+    "SFT",
+    "ConfigError",
+    "Constitutional",
+    "Custom",
+    "CustomContext",
+    "Data",
+    "EarlyStopping",
+    "Evaluation",
+    "Generation",
+    "Interrupted",
+    "LoRA",
+    "PipelineResult",
+    "PrinciplePair",
+    "Problem",
+    "Reference",
+    "RunLocked",
+    "StageError",
+    "StageResult",
+    "StagekitError",
+    "TrainingPipeline",
+    "TrainingStage",
+    "load",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'stagekit' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"stagekit.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

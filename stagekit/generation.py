@@ -1,0 +1,172 @@
+"""Text generation with a transformers model, in left-padded batches, leaving no trace on the model or on the RNG."""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from transformers import GenerationConfig
+
+from stagekit.errors import ConfigError
+from stagekit.requests import Completion, FinishReason, Message, Request, Sampling
+
+
+class TransformersGenerator:
+    """Writes texts with a causal language model that is in memory.
+
+    The prompt goes through the tokenizer's chat template with a generation prompt, as TRL's trainers do it. The model
+    keeps its mode, its cache switch, its checkpointing and its generation config; the caller's random state stays.
+
+    Generation is as fast as the weights' dtype: on CPU a bfloat16 model reads prompts about twice as fast as float32.
+    `autocast_dtype` runs float32 weights in that dtype without a second copy on disk.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        sampling: Sampling,
+        fingerprint: str,
+        autocast_dtype: torch.dtype | None = None,
+    ) -> None:
+        """Take a model in memory with its tokenizer; `fingerprint` must name both and the sampling."""
+        if not tokenizer.chat_template:
+            raise ConfigError(
+                "the tokenizer has no chat template, so prompts cannot be laid out as conversations. Use an instruct "
+                "model, or give the tokenizer a template (SFTConfig.chat_template_path, tokenizer.chat_template)."
+            )
+        self.model = model
+        self.tokenizer = tokenizer
+        self.sampling = sampling
+        self.fingerprint = fingerprint
+        self.autocast_dtype = autocast_dtype
+        self.context_length: int | None = getattr(model.config, "max_position_embeddings", None)
+
+    def prompt_length(self, messages: Sequence[Message]) -> int:
+        """How many tokens `messages` take, with the generation prompt."""
+        return len(self.prompt_ids(messages))
+
+    def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
+        """The token ids that the model is asked to go on from."""
+        encoded = self.tokenizer.apply_chat_template(
+            list(messages), tokenize=True, add_generation_prompt=True, return_dict=True
+        )
+        return list(encoded["input_ids"])
+
+    def generate(self, requests: Sequence[Request], seed: int) -> list[Completion]:
+        """Answer one batch, in the order of the requests; each row is cut at its own `max_new_tokens`."""
+        if not requests:
+            return []
+        prompts = [self.prompt_ids(request.messages) for request in requests]
+        width = max(len(ids) for ids in prompts)
+        pad, eos = self._pad_id(), self._eos_ids()
+        input_ids = torch.tensor([[pad] * (width - len(ids)) + ids for ids in prompts])
+        mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts])
+        config = self._config(max(request.max_new_tokens for request in requests), pad, eos)
+        device = next(self.model.parameters()).device
+        with torch.no_grad(), _seeded(seed), self._autocast(device), generating(self.model, config):
+            output = self.model.generate(
+                input_ids=input_ids.to(device), attention_mask=mask.to(device), generation_config=config
+            )
+        rows = output[:, width:].tolist()
+        return [
+            self._completion(row[: request.max_new_tokens], eos, len(ids))
+            for row, request, ids in zip(rows, requests, prompts, strict=True)
+        ]
+
+    def _completion(self, ids: list[int], eos: set[int], prompt_tokens: int) -> Completion:
+        end = next((position for position, token in enumerate(ids) if token in eos), None)
+        reason: FinishReason = "length" if end is None else "stop"
+        kept = tuple(ids[:end])
+        return Completion(self.tokenizer.decode(kept, skip_special_tokens=True), kept, reason, prompt_tokens)
+
+    def _config(self, max_new_tokens: int, pad: int, eos: set[int]) -> GenerationConfig:
+        sampling = self.sampling
+        how: dict[str, Any] = {"do_sample": False}
+        if sampling.temperature > 0:
+            how = {
+                "do_sample": True,
+                "temperature": float(sampling.temperature),
+                "top_p": float(sampling.top_p),
+                "top_k": sampling.top_k,
+            }
+        return GenerationConfig(
+            **how, max_new_tokens=max_new_tokens, use_cache=True, pad_token_id=pad, eos_token_id=sorted(eos) or None
+        )
+
+    def _eos_ids(self) -> set[int]:
+        declared = self.model.generation_config.eos_token_id
+        ids = declared if isinstance(declared, list) else [declared]
+        return {token for token in (*ids, self.tokenizer.eos_token_id) if token is not None}
+
+    def _pad_id(self) -> int:
+        """Any id will do: padding is masked on the left and cut off on the right."""
+        if self.tokenizer.pad_token_id is not None:
+            return int(self.tokenizer.pad_token_id)
+        return min(self._eos_ids(), default=0)
+
+    def _autocast(self, device: torch.device) -> AbstractContextManager[Any]:
+        if self.autocast_dtype is None:
+            return nullcontext()
+        return torch.autocast(device.type, dtype=self.autocast_dtype)
+
+
+@contextmanager
+def generating(model: Any, config: GenerationConfig) -> Iterator[None]:
+    """Put `model` into the state for generation, and afterwards back into exactly the one it was in.
+
+    Eval mode (no dropout), no checkpointing (it turns the KV cache off), and `config` as the model's own generation
+    config: transformers fills what a passed config leaves open from the model's own, so a checkpoint's repetition
+    penalty would otherwise take part.
+    """
+    training = {module: module.training for module in model.modules()}
+    checkpointing = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model  # a PEFT model wraps it
+    owners = [owner for owner in (model, base) if "generation_config" in vars(owner)]
+    configs = [(owner, owner.generation_config) for owner in owners]
+    use_cache = getattr(base.config, "use_cache", None)
+    try:
+        model.eval()
+        for module in checkpointing:
+            module.gradient_checkpointing = False
+        for owner in owners:
+            owner.generation_config = config
+        if use_cache is not None:
+            base.config.use_cache = True
+        yield
+    finally:
+        if use_cache is not None:
+            base.config.use_cache = use_cache
+        for owner, original in configs:
+            owner.generation_config = original
+        for module in checkpointing:
+            module.gradient_checkpointing = True
+        for module, mode in training.items():
+            module.training = mode
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Seed torch on all devices, and give the caller's random states back afterwards."""
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        yield
+
+
+def weights_fingerprint(model: Any) -> str:
+    """A SHA-256, in hex, of the model's parameters and buffers: their names, types, shapes and bytes."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def tokenizer_fingerprint(tokenizer: Any) -> str:
+    """A SHA-256, in hex, of what decides a prompt's tokens: vocabulary, rules, special tokens and chat template."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    rules = backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items()))
+    parts = [rules, repr(sorted(map(str, tokenizer.all_special_tokens))), str(tokenizer.chat_template)]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
