@@ -1,0 +1,99 @@
+"""What a stage type answers for itself: its options, its TRL arguments, the data it needs, how it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+
+from stagekit.errors import Problem
+from stagekit.options import Options, Tagged
+from stagekit.stage_options import FAMILIES, Identity
+
+
+if TYPE_CHECKING:
+    from stagekit.job import Job, Outcome
+    from stagekit.stage import TrainingStage
+
+
+class Setting(NamedTuple):
+    """One argument of a TRL config: its name there, its value, and where the value came from."""
+
+    target: str
+    value: Any
+    source: str
+
+
+SLOTS = ("model", "lora", "reference", "generation", "trl")
+"""Options of a stage that belong to no family: each stage type says which of them it uses."""
+
+
+class Method(Tagged):
+    """Base of the stage types. A subclass is one file in this folder; nothing else branches on the type."""
+
+    summary: ClassVar[str] = ""
+    """One line: what the stage type does."""
+    paper: ClassVar[str] = ""
+    """Where the method is from."""
+    missing: ClassVar[str | None] = None
+    """For a type that is declared but not built: what it waits for."""
+    trainer_class: ClassVar[str | None] = None
+    """`module:Class` of the trainer; None where the type trains nothing by itself."""
+    config_class: ClassVar[str | None] = None
+    """`module:Class` of that trainer's config."""
+    default_learning_rate: ClassVar[float] = 2e-5
+    """The vetted full-parameter rate; ten times that with LoRA."""
+    families: ClassVar[frozenset[type[Options]]] = frozenset(FAMILIES)
+    """Families of stage options that the type uses."""
+    slots: ClassVar[frozenset[str]] = frozenset({"model", "lora", "trl"})
+    """Slots that the type uses."""
+    refused: ClassVar[Mapping[str, str]] = {}
+    """Single stage options that the type cannot use: name -> reason and way out."""
+    columns: ClassVar[Sequence[Sequence[str]]] = ()
+    """The columns that training data must have: alternatives, each a set."""
+    makes: ClassVar[tuple[str, ...]] = ()
+    """Names of the datasets that the stage leaves behind for later ones."""
+    metric_keys: ClassVar[Mapping[str, str]] = {"loss": "eval_loss", "custom": ""}
+    """`best_checkpoint_metric` -> the key under which the trainer reports it."""
+    perplexity: ClassVar[bool] = False
+    """Whether the evaluation loss is a mean negative log-likelihood, so that its exponential means something."""
+    trains: ClassVar[bool] = True
+    """False for types whose policy is the one that came in."""
+    needs_data: ClassVar[bool] = True
+    """Whether a stage of this type cannot do without `training_data`."""
+
+    def settings(self, stage: TrainingStage) -> Iterable[Setting]:
+        """Arguments of the trainer's config that come from the method's own options. Pure."""
+        return ()
+
+    def problems(self, stage: TrainingStage) -> Iterable[Problem]:
+        """What cannot work, from the declaration alone; paths relative to the stage."""
+        return ()
+
+    def notes(self, stage: TrainingStage) -> Iterable[str]:
+        """Decisions that `plan` should tell the user."""
+        return ()
+
+    def step0_loss(self) -> float | None:
+        """The loss that policy == reference must give before the first step; None where there is no reference."""
+        return None
+
+    def prepare(self, job: Job) -> Job:
+        """Make the stage's dataset where the type writes its own; otherwise the job as it is."""
+        return job
+
+    def run(self, job: Job) -> Outcome:
+        """Do the work of the stage."""
+        from stagekit.training import train
+
+        return train(job)
+
+
+def setting(stage: TrainingStage, option: str, target: str, value: Any) -> Setting:
+    """A Setting from the method option `option`, with its source told apart: set by the user or the default."""
+    method = stage.method
+    given = option in method.model_fields_set
+    return Setting(target, value, f"{stage.path}.method.{option}" if given else f"default of {method.type}")
+
+
+NOT_TRAINING = "this stage does not train"
+EVALUATING = frozenset({Identity})

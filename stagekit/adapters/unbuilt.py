@@ -1,0 +1,222 @@
+"""Stage types that are declared, with their options and defaults, but not built yet: using one is a ConfigError.
+
+Each moves into a file of its own, with its trainer, when it is built; `missing` says what it waits for.
+"""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
+
+from stagekit.adapters.base import Method
+from stagekit.options import Count, Fraction, NonNegativeFloat, Positive, PositiveFloat
+
+
+class KTO(Method):
+    """Preference optimisation from single answers labelled good or bad."""
+
+    type: Literal["kto"] = "kto"
+    """The stage type."""
+    beta: PositiveFloat = 0.1
+    """Strength of the tie to the reference."""
+
+    summary: ClassVar = "preference optimisation from answers labelled good or bad"
+    paper: ClassVar = "huggingface.co/papers/2402.01306"
+    missing: ClassVar = "the KTO adapter"
+
+
+class ORPO(Method):
+    """Odds-ratio preference optimisation, without a reference."""
+
+    type: Literal["orpo"] = "orpo"
+    """The stage type."""
+    beta: PositiveFloat = 0.1
+    """Weight of the odds-ratio term, the paper's lambda."""
+
+    summary: ClassVar = "odds-ratio preference optimisation, no reference"
+    paper: ClassVar = "huggingface.co/papers/2403.07691"
+    missing: ClassVar = "the ORPO loss on the stable DPO trainer"
+
+
+class CPO(Method):
+    """Contrastive preference optimisation, without a reference."""
+
+    type: Literal["cpo"] = "cpo"
+    """The stage type."""
+    beta: PositiveFloat = 0.1
+    """Strength of the contrast."""
+    margin: NonNegativeFloat = 0.0
+    """Margin that the chosen answer must win by."""
+    label_smoothing: Fraction = 0.0
+    """Assumed share of wrongly ordered pairs."""
+
+    summary: ClassVar = "contrastive preference optimisation, no reference"
+    paper: ClassVar = "huggingface.co/papers/2401.08417"
+    missing: ClassVar = "the reference-free losses on the stable DPO trainer"
+
+
+class SimPO(Method):
+    """Preference optimisation on length-averaged log-probabilities, without a reference."""
+
+    type: Literal["simpo"] = "simpo"
+    """The stage type."""
+    beta: PositiveFloat = 0.1
+    """Scale of the averaged log-probabilities; the paper uses 2 to 2.5."""
+    margin: NonNegativeFloat = 0.0
+    """The paper's gamma."""
+
+    summary: ClassVar = "preference optimisation on length-averaged log-probabilities, no reference"
+    paper: ClassVar = "huggingface.co/papers/2405.14734"
+    missing: ClassVar = "the reference-free losses on the stable DPO trainer"
+
+
+class Reward(Method):
+    """Outcome reward model from preferences."""
+
+    type: Literal["reward"] = "reward"
+    """The stage type."""
+
+    summary: ClassVar = "outcome reward model from preferences"
+    missing: ClassVar = "the reward adapter and the named artifact reward_model"
+
+
+class ProcessReward(Method):
+    """Process reward model from step labels."""
+
+    type: Literal["process_reward"] = "process_reward"
+    """The stage type."""
+
+    summary: ClassVar = "process reward model from step labels"
+    missing: ClassVar = "a process reward trainer (TRL removed its own in 1.14)"
+
+
+class PPO(Method):
+    """Proximal policy optimisation with a value model."""
+
+    type: Literal["ppo"] = "ppo"
+    """The stage type."""
+    reward: Any = None
+    """What scores completions: `stage:NAME`, a model, or a function."""
+    kl_penalty_coefficient: NonNegativeFloat = 0.01
+    """Weight of the divergence from the reference in the reward."""
+    clip_range: PositiveFloat = 0.2
+    """How far one update may move the probability ratio from 1."""
+    value_coefficient: NonNegativeFloat = 0.5
+    """Weight of the value loss."""
+    entropy_coefficient: NonNegativeFloat = 0.01
+    """Weight of the entropy bonus."""
+    gae_lambda: Fraction = 0.95
+    """Trade of bias against variance in the advantages."""
+    epochs_per_batch: Positive = 4
+    """Passes over the completions of one rollout."""
+    rollout_samples: Positive = 2048
+    """Completions per rollout."""
+
+    summary: ClassVar = "proximal policy optimisation with a value model"
+    paper: ClassVar = "huggingface.co/papers/1707.06347"
+    missing: ClassVar = "a PPO trainer of our own (TRL removed its own in 1.13)"
+
+
+class GRPO(Method):
+    """Group-relative policy optimisation."""
+
+    type: Literal["grpo"] = "grpo"
+    """The stage type."""
+    reward: Any = None
+    """What scores completions: `stage:NAME`, a model, a function, or a list of them."""
+    group_size: Positive = 4
+    """Completions per prompt."""
+    relative_rewards: bool = True
+    """Divide the rewards of a group by their spread."""
+    kl_penalty_coefficient: NonNegativeFloat = 0.01
+    """Weight of the divergence from the reference."""
+    clip_range: PositiveFloat = 0.2
+    """How far one update may move the probability ratio from 1."""
+    entropy_coefficient: NonNegativeFloat = 0.01
+    """Weight of the entropy bonus."""
+    epochs_per_batch: Positive = 4
+    """Passes over the completions of one rollout."""
+    rollout_samples: Positive = 2048
+    """Completions per rollout."""
+
+    summary: ClassVar = "group-relative policy optimisation"
+    paper: ClassVar = "huggingface.co/papers/2402.03300"
+    missing: ClassVar = "the GRPO adapter and its rewards"
+
+
+class RLOO(Method):
+    """REINFORCE with a leave-one-out baseline."""
+
+    type: Literal["rloo"] = "rloo"
+    """The stage type."""
+    reward: Any = None
+    """What scores completions."""
+    kl_penalty_coefficient: NonNegativeFloat = 0.01
+    """Weight of the divergence from the reference in the reward."""
+    clip_range: PositiveFloat = 0.2
+    """How far one update may move the probability ratio from 1."""
+    epochs_per_batch: Positive = 4
+    """Passes over the completions of one rollout."""
+    rollout_samples: Positive = 2048
+    """Completions per rollout."""
+
+    summary: ClassVar = "REINFORCE with a leave-one-out baseline"
+    paper: ClassVar = "huggingface.co/papers/2402.14740"
+    missing: ClassVar = "the RLOO adapter and its rewards"
+
+
+class RejectionSampling(Method):
+    """Sample several answers, keep the best by reward, fine-tune on them."""
+
+    type: Literal["rejection_sampling"] = "rejection_sampling"
+    """The stage type."""
+    reward: Any = None
+    """What scores the answers."""
+    n: Positive = 10
+    """Answers per prompt."""
+    top_k: Positive = 1
+    """Answers kept per prompt."""
+    min_reward: float | None = 0.0
+    """Keep only answers with a reward above this. None = no threshold."""
+
+    summary: ClassVar = "sample several answers, keep the best by reward, fine-tune on them"
+    paper: ClassVar = "huggingface.co/papers/2304.06767"
+    missing: ClassVar = "the sampling trainer"
+
+
+class SelfPlay(Method):
+    """SPIN: prefer the data's answers to the model's own, over and over."""
+
+    type: Literal["self_play"] = "self_play"
+    """The stage type."""
+    iterations: Positive = 3
+    """Rounds of generating and preferring."""
+    temperature: NonNegativeFloat = 0.7
+    """Sampling temperature of the opponent."""
+    responses_per_prompt: Positive = 4
+    """The opponent's answers per prompt."""
+    beta: PositiveFloat = 0.1
+    """Strength of the tie to the opponent."""
+
+    summary: ClassVar = "SPIN: prefer the data's answers to the model's own"
+    paper: ClassVar = "huggingface.co/papers/2401.01335"
+    missing: ClassVar = "the self-play trainer"
+
+
+class Distillation(Method):
+    """Learn a teacher's distribution: alpha * soft + (1 - alpha) * hard."""
+
+    type: Literal["distillation"] = "distillation"
+    """The stage type."""
+    teacher: Any = None
+    """The larger model to learn from."""
+    temperature: PositiveFloat = 2.0
+    """Softens both distributions; the soft term is scaled by its square."""
+    alpha: Fraction = 0.5
+    """Weight of the soft term."""
+    hidden_states: bool = False
+    """Also match intermediate layers."""
+    layer_map: Mapping[int, Count] = {}
+    """Teacher layer -> student layer. Empty = evenly spread."""
+
+    summary: ClassVar = "learn a teacher's distribution, and its hidden states"
+    paper: ClassVar = "huggingface.co/papers/1503.02531"
+    missing: ClassVar = "the distillation trainer"

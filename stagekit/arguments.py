@@ -1,0 +1,188 @@
+"""From a stage to the arguments of its TRL config, as pure data: each with its value and where it came from.
+
+Pure because creating any TrainingArguments resets accelerate's global state and breaks a trainer that is alive.
+"""
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from stagekit.adapters.base import Setting
+from stagekit.ledger import not_applicable
+
+
+if TYPE_CHECKING:
+    from stagekit.stage import TrainingStage
+
+
+RESERVED = {
+    "output_dir": "output_dir of the pipeline",
+    "logging_strategy": "logging_steps of the stage",
+    "eval_strategy": "evaluation_steps of the stage",
+    "eval_steps": "evaluation_steps of the stage",
+    "save_strategy": "checkpoint_save_steps and checkpoint_save_epochs of the stage",
+    "load_best_model_at_end": "save_only_best of the stage",
+    "resume_from_checkpoint": "nothing: a run resumes by itself",
+    "local_rank": "the launcher",
+    "deepspeed": "distributed_strategy of the stage",
+    "fsdp": "distributed_strategy of the stage",
+    "fsdp_config": "distributed_strategy of the stage",
+    "gradient_checkpointing": "use_gradient_checkpointing of the stage",
+    "label_smoothing_factor": "nothing: TRL deprecated it",
+    "trust_remote_code": "nothing: stagekit runs no remote code",
+}
+"""Keys that `trl` may not hold, and what to write instead."""
+
+_DIRECT = {
+    "max_gradient_norm": "max_grad_norm",
+    "gradient_accumulation_steps": "gradient_accumulation_steps",
+    "use_gradient_checkpointing": "activation_checkpointing",
+    "weight_decay": "weight_decay",
+    "max_checkpoints_to_keep": "save_total_limit",
+    "random_seed": "seed",
+    "use_deterministic_algorithms": "full_determinism",
+    "epochs": "num_train_epochs",
+}
+"""Stage option -> the argument that carries its value unchanged."""
+
+_ADAM = {"adam_beta1": "adam_beta1", "adam_beta2": "adam_beta2", "adam_epsilon": "adam_epsilon"}
+
+_OPTIMIZERS = {
+    "adamw": ("adamw_torch_fused", None),
+    "sgd": ("sgd", None),
+    "momentum": ("sgd", "momentum=0.9"),
+    "nesterov": ("sgd", "momentum=0.9,nesterov=true"),
+    "adagrad": ("adagrad", None),
+    "rmsprop": ("rmsprop", None),
+    "adafactor": ("adafactor", None),
+}
+"""`optimizer_override` -> TRL's `optim` and `optim_args`."""
+
+
+def settings_of(stage: "TrainingStage") -> tuple[Setting, ...]:
+    """Every argument of the stage's TRL config, from the stage's options, its method's, `trl`, and stagekit itself."""
+    if stage.method.config_class is None:
+        return ()
+    own = [*_common(stage), *stage.method.settings(stage)]
+    by_target = {setting.target: setting for setting in own}
+    for key, value in stage.trl.items():
+        mine = by_target.get(key)
+        if mine is None or not mine.source.startswith("stages."):
+            by_target[key] = Setting(key, value, f"{stage.path}.trl.{key}")
+    return tuple(by_target.values())
+
+
+def _source(stage: "TrainingStage", option: str) -> str:
+    return f"{stage.path}.{option}" if option in stage.model_fields_set else "default"
+
+
+def _common(stage: "TrainingStage") -> Iterable[Setting]:
+    evaluating = stage.is_evaluation_only or not stage.method.trains
+    yield from _precision(stage)
+    yield Setting("per_device_eval_batch_size", stage.batch_size, _source(stage, "batch_size"))
+    yield Setting("report_to", "none", "stagekit (metrics.jsonl)")
+    yield Setting("disable_tqdm", True, "stagekit (its own progress)")
+    yield Setting("seed", stage.random_seed, _source(stage, "random_seed"))
+    yield Setting(
+        "full_determinism", stage.use_deterministic_algorithms, _source(stage, "use_deterministic_algorithms")
+    )
+    yield Setting("dataloader_pin_memory", False, "stagekit")
+    if evaluating:
+        yield Setting("per_device_train_batch_size", stage.batch_size, _source(stage, "batch_size"))
+        yield Setting("activation_checkpointing", False, "stagekit (nothing is trained)")
+        return
+    yield Setting("per_device_train_batch_size", stage.batch_size, _source(stage, "batch_size"))
+    for option, target in _DIRECT.items():
+        if not_applicable(stage, option) is None:
+            yield Setting(target, getattr(stage, option), _source(stage, option))
+    steps = stage.max_steps
+    yield Setting("max_steps", steps if steps > 0 else -1, _source(stage, "max_steps"))
+    yield from _order(stage)
+    yield from _optimizer(stage)
+    yield from _schedule(stage)
+    yield from _logging(stage)
+    yield from _evaluation_and_saving(stage)
+
+
+def _precision(stage: "TrainingStage") -> Iterable[Setting]:
+    option = "mixed_precision_dtype" if stage.use_mixed_precision else "use_mixed_precision"
+    source = _source(stage, option)
+    chosen = stage.mixed_precision_dtype if stage.use_mixed_precision else "none"
+    yield Setting("bf16", chosen == "bf16", source)
+    yield Setting("fp16", chosen == "fp16", source)
+
+
+def _order(stage: "TrainingStage") -> Iterable[Setting]:
+    kind = "random" if stage.shuffle_data else "sequential"
+    yield Setting("train_sampling_strategy", kind, _source(stage, "shuffle_data"))
+    if stage.data_shuffle_seed is not None:
+        yield Setting("data_seed", stage.data_shuffle_seed, _source(stage, "data_shuffle_seed"))
+
+
+def _optimizer(stage: "TrainingStage") -> Iterable[Setting]:
+    name, arguments = _OPTIMIZERS[stage.optimizer_override]
+    source = _source(stage, "optimizer_override")
+    yield Setting("optim", name, source)
+    if arguments is not None:
+        yield Setting("optim_args", arguments, source)
+    if stage.learning_rate is not None:
+        rate_source = _source(stage, "learning_rate")
+    else:
+        rate_source = f"default of {stage.method.type}" + (", times 10 with lora" if stage.lora else "")
+    yield Setting("learning_rate", stage.resolved_learning_rate(), rate_source)
+    if stage.optimizer_override == "adamw":
+        for option, target in _ADAM.items():
+            yield Setting(target, getattr(stage, option), _source(stage, option))
+
+
+def _schedule(stage: "TrainingStage") -> Iterable[Setting]:
+    warmup: float = stage.warmup_steps if stage.warmup_steps > 0 else stage.warmup_ratio
+    option = "warmup_steps" if stage.warmup_steps > 0 else "warmup_ratio"
+    yield Setting("warmup_steps", warmup, _source(stage, option))
+    floor = stage.min_learning_rate
+    kwargs: dict[str, Any]
+    if stage.scheduler_type == "constant":
+        name, kwargs = ("constant_with_warmup" if warmup else "constant"), {}
+    elif stage.scheduler_type == "cosine_annealing":
+        name, kwargs = ("cosine_with_min_lr", {"min_lr": floor}) if floor else ("cosine", {})
+    elif stage.scheduler_type == "cosine_annealing_warm_restarts":
+        name, kwargs = "cosine_with_restarts", {"num_cycles": stage.num_cycles}
+    elif stage.scheduler_type == "linear_warmup":
+        name, kwargs = ("polynomial", {"power": 1.0, "lr_end": floor}) if floor else ("linear", {})
+    else:
+        name, kwargs = "polynomial", {"power": stage.scheduler_power, "lr_end": floor}
+    yield Setting("lr_scheduler_type", name, _source(stage, "scheduler_type"))
+    if kwargs:
+        options = {"min_learning_rate", "num_cycles", "scheduler_power"} & stage.model_fields_set
+        source = f"{stage.path}.{min(options)}" if options else "default"
+        yield Setting("lr_scheduler_kwargs", kwargs, source)
+
+
+def _logging(stage: "TrainingStage") -> Iterable[Setting]:
+    source = _source(stage, "logging_steps")
+    yield Setting("logging_strategy", "steps" if stage.logging_steps else "no", source)
+    if stage.logging_steps:
+        yield Setting("logging_steps", stage.logging_steps, source)
+
+
+def _evaluation_and_saving(stage: "TrainingStage") -> Iterable[Setting]:
+    evaluates = stage.validation_data is not None and stage.evaluation_steps > 0
+    source = (
+        _source(stage, "evaluation_steps") if stage.validation_data is not None else "stagekit (no validation_data)"
+    )
+    yield Setting("eval_strategy", "steps" if evaluates else "no", source)
+    if evaluates:
+        yield Setting("eval_steps", stage.evaluation_steps, source)
+    if stage.save_only_best:
+        best = f"{stage.path}.save_only_best"
+        metric = stage.method.metric_keys[stage.best_checkpoint_metric] or f"eval_{stage.custom_metric_name}"
+        yield Setting("save_strategy", "best", best)
+        yield Setting("save_total_limit", 1, best)
+        yield Setting("load_best_model_at_end", True, best)
+        yield Setting("metric_for_best_model", metric, _source(stage, "best_checkpoint_metric"))
+        maximize = stage.best_checkpoint_metric_maximize
+        yield Setting("greater_is_better", maximize, _source(stage, "best_checkpoint_metric_maximize"))
+        return
+    source = _source(stage, "checkpoint_save_steps")
+    yield Setting("save_strategy", "steps" if stage.checkpoint_save_steps else "no", source)
+    if stage.checkpoint_save_steps:
+        yield Setting("save_steps", stage.checkpoint_save_steps, source)

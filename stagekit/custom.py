@@ -1,0 +1,64 @@
+"""Functions that a pipeline names, and the stage that is one."""
+
+import importlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from stagekit.errors import StageError
+from stagekit.job import CustomContext, Job, Outcome
+
+
+def resolve(function: str | Callable[..., Any]) -> Callable[..., Any]:
+    """The function behind a `package.module:name`, or the callable itself.
+
+    Raises:
+        StageError: the module or the name is not there.
+    """
+    if not isinstance(function, str):
+        return function
+    module_name, _, name = function.partition(":")
+    try:
+        found: Any = importlib.import_module(module_name)
+        for part in name.split("."):
+            found = getattr(found, part)
+    except (ImportError, AttributeError) as error:
+        raise StageError(f"the function {function!r} cannot be found: {error}") from error
+    if not callable(found):
+        raise StageError(f"{function!r} is no function, it is {type(found).__name__}")
+    result: Callable[..., Any] = found
+    return result
+
+
+def call(job: Job, function: str | Callable[..., Any]) -> Outcome:
+    """Run a custom stage: call its function and take what it returns as the stage's result.
+
+    Raises:
+        StageError: what it returned is no result.
+    """
+    context = CustomContext(
+        model=job.model.generates if job.model else None,
+        train_dataset=job.train_dataset,
+        eval_dataset=job.eval_dataset,
+        output_dir=job.folder,
+        seed=job.stage.random_seed,
+        metadata=job.stage.metadata,
+        results=job.results,
+        stop=job.stop,
+    )
+    returned = resolve(function)(context)
+    if returned is None:
+        return Outcome()
+    if not isinstance(returned, Mapping) or set(returned) - {"policy", "metrics", "datasets"}:
+        raise StageError(
+            f"stage {job.stage.name!r}: its function returned {returned!r}; "
+            "return None, or a mapping with policy, metrics, datasets"
+        )
+    artifacts: dict[str, Any] = {}
+    if returned.get("policy") is not None:
+        artifacts["policy"] = str(returned["policy"])
+    if returned.get("datasets"):
+        artifacts["datasets"] = {name: str(Path(path)) for name, path in returned["datasets"].items()}
+    rows = len(job.train_dataset) if job.train_dataset is not None else 0
+    metrics = {name: float(value) for name, value in (returned.get("metrics") or {}).items()}
+    return Outcome(artifacts=artifacts, metrics=metrics, samples_trained=rows)

@@ -1,0 +1,137 @@
+"""A stage's digest: what its result depends on. Equal digests, equal results; so a finished stage is not run again."""
+
+import hashlib
+import importlib.util
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from stagekit.checks import as_data, data_of, models_of
+from stagekit.options import function_name
+from stagekit.sources import fingerprint_of_path, parse_data, parse_model
+
+
+if TYPE_CHECKING:
+    from stagekit.pipeline import TrainingPipeline
+    from stagekit.stage import TrainingStage
+
+
+FORMAT = 1
+"""Raised when stages come to mean something else, so that results of before are not taken for those of now."""
+
+_SAYS_NOTHING = {"description", "tags", "metadata", "enabled", "save_checkpoint_after", "max_duration", "callbacks"}
+"""Options that do not change what a stage computes."""
+
+_SAMPLE_BYTES = 1 << 20
+
+
+def digests(pipeline: "TrainingPipeline") -> dict[str, str | None]:
+    """Stage name -> digest. None where a live object takes part: such a stage always runs."""
+    found: dict[str, str | None] = {}
+    policy = _model_identity(pipeline.model)
+    for stage in pipeline.stages:
+        start = policy if stage.model is None else _named_model(stage.model, found)
+        parts = {
+            "format": FORMAT,
+            "stage": _declared(stage),
+            "template": _template(pipeline.chat_template),
+            "model": start,
+            "models": {path: _named_model(value, found) for path, value in models_of(stage)},
+            "data": {path: _data_identity(value, found) for path, value in data_of(stage)},
+            "functions": _functions(stage),
+        }
+        known = start is not None and None not in parts["models"].values() and None not in parts["data"].values()  # type: ignore[attr-defined]
+        text = json.dumps(parts, sort_keys=True, default=str)
+        found[stage.name] = hashlib.sha256(text.encode()).hexdigest() if known else None
+        if gives_policy(stage):
+            policy = None if found[stage.name] is None else f"stage {stage.name} {found[stage.name]}"
+    return found
+
+
+def gives_policy(stage: "TrainingStage") -> bool:
+    """Whether the stage, as declared, ends with a model of its own."""
+    trains = stage.method.trains or stage.method.type == "custom"
+    return stage.enabled and trains and not stage.is_evaluation_only
+
+
+def _declared(stage: "TrainingStage") -> dict[str, Any]:
+    plain = stage.model_dump(mode="python", exclude={*_SAYS_NOTHING, "training_data", "validation_data", "model"})
+    for option in ("critique_model", "teacher"):
+        plain["method"].pop(option, None)
+    return plain
+
+
+def _template(template: str | None) -> str | None:
+    if template is None or "{" in template:
+        return template
+    return Path(template).read_text(encoding="utf-8")
+
+
+def _named_model(value: Any, found: Mapping[str, str | None]) -> str | None:
+    if isinstance(value, str) and value.startswith("stage:"):
+        digest = found.get(value.removeprefix("stage:"))
+        return None if digest is None else f"stage {digest}"
+    return _model_identity(value)
+
+
+def _model_identity(value: Any) -> str | None:
+    """What tells a model from another without reading all of it: names, sizes, and the ends of every file."""
+    if value is None:
+        return "none"
+    if not isinstance(value, str):
+        return None
+    source = parse_model(value)
+    place = source.path
+    if place is None:
+        return value
+    digest = hashlib.sha256()
+    files = sorted(item for item in place.iterdir() if item.is_file()) if place.is_dir() else [place]
+    for file in files:
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size}\n".encode())
+        with file.open("rb") as stream:
+            digest.update(stream.read(_SAMPLE_BYTES))
+            if size > _SAMPLE_BYTES:
+                stream.seek(-_SAMPLE_BYTES, 2)
+                digest.update(stream.read(_SAMPLE_BYTES))
+    return digest.hexdigest()
+
+
+def _data_identity(value: Any, found: Mapping[str, str | None]) -> str | None:
+    data = as_data(value)
+    columns = json.dumps(dict(data.columns), sort_keys=True)
+    if not isinstance(data.source, str):
+        fingerprint = getattr(data.source, "_fingerprint", None)
+        return None if fingerprint is None else f"{fingerprint} {columns}"
+    if data.source.startswith("stage:"):
+        name, _, dataset = data.source.removeprefix("stage:").partition("/")
+        digest = found.get(name)
+        return None if digest is None else f"stage {digest} {dataset} {columns}"
+    place = parse_data(data.source).path
+    identity = fingerprint_of_path(place) if place is not None else data.source
+    return f"{identity} {data.split} {columns}"
+
+
+def _functions(stage: "TrainingStage") -> dict[str, str]:
+    """Named functions with the content of the file that holds them: an edited function is another function."""
+    named = {
+        option: getattr(stage, option)
+        for option in ("run_condition", "data_preprocessor", "custom_evaluation_function")
+    }
+    named["function"] = getattr(stage.method, "function", None)
+    named["backend"] = getattr(stage.generation, "backend", None)
+    found = {}
+    for option, value in named.items():
+        if value is None or value == "transformers":
+            continue
+        name = function_name(value)
+        try:
+            spec = importlib.util.find_spec(name.partition(":")[0])
+        except (ModuleNotFoundError, ValueError):
+            spec = None
+        content = (
+            Path(spec.origin).read_bytes() if spec is not None and spec.origin and Path(spec.origin).is_file() else b""
+        )
+        found[option] = f"{name} {hashlib.sha256(content).hexdigest()}"
+    return found

@@ -1,0 +1,96 @@
+"""Files that are whole or not there: write to a temporary one, fsync, rename. And the lock of a run folder."""
+
+import contextlib
+import errno
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+from stagekit.errors import ConfigError, RunLocked, StageError
+
+
+FULL = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT}
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file, all or nothing.
+
+    Raises:
+        StageError: the disk is full, or a file-size limit is reached; nothing is left behind.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise StageError(cannot_write(path, error)) from error
+
+
+@contextlib.contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """A temporary folder that becomes `path` when the block ends well, and vanishes when it does not."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        if path.exists():
+            shutil.rmtree(path)
+        temporary.rename(path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def cannot_write(path: Path, error: BaseException) -> str:
+    """What to say of a failed write, with the way out."""
+    text = str(getattr(error, "strerror", None) or error)
+    code = getattr(error, "errno", None)
+    if code in FULL or "File too large" in text or "No space left" in text:
+        return f"{path}: cannot be written: {text}; make room (or raise the limit) and run the same command again"
+    return f"{path}: cannot be written: {text}"
+
+
+def make_folder(path: Path) -> None:
+    """Make the run folder, and see that it can be written to.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe = path / f".probe-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        problem = str(error.strerror or error).lower()
+        raise ConfigError(f"output_dir: {path}: cannot be written to: {problem}; choose another output_dir") from error
+
+
+@contextlib.contextmanager
+def lock(folder: Path) -> Iterator[IO[str]]:
+    """Hold the run folder. The lock belongs to the open file: a child that inherits that holds it too.
+
+    Raises:
+        RunLocked: another process holds it.
+    """
+    with (folder / ".lock").open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            owner = file.read().strip() or "another process"
+            raise RunLocked(
+                f"{folder}: {owner} is working in this run folder; wait for it, or choose another output_dir"
+            ) from None
+        file.seek(0)
+        file.truncate()
+        file.write(f"process {os.getpid()}")
+        file.flush()
+        yield file

@@ -1,0 +1,260 @@
+"""What becomes of every option: used, or refused where it was set. Nothing is accepted in silence.
+
+`problems_of_stage` is called for every stage that is built, `ledger` gives the full account for `plan`.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+from stagekit.adapters.base import SLOTS
+from stagekit.errors import Problem
+from stagekit.flat import FLAT
+from stagekit.pending import PENDING, PENDING_VALUES
+from stagekit.stage_options import (
+    CheckpointOptions,
+    DataOptions,
+    FreezingOptions,
+    Loop,
+    OptimizerOptions,
+    ScheduleOptions,
+    StageOptions,
+    family_of,
+)
+
+
+if TYPE_CHECKING:
+    from stagekit.stage import TrainingStage
+
+
+class Entry(NamedTuple):
+    """One option's account: `applied` (it does what it says), `not applicable` (this stage has no use for it), or
+    `not built` (it would be refused if set)."""
+
+    option: str
+    value: Any
+    set: bool
+    disposition: Literal["applied", "not applicable", "not built"]
+    reason: str
+
+
+_WITH_ADAM = {"adamw", "adam", "amsgrad", "nadam", "radam", "adamax", "lion", "adam8bit", "lamb"}
+_ONLY_TRAINING = (OptimizerOptions, ScheduleOptions, FreezingOptions, CheckpointOptions)
+_LOOP_OF_EVALUATION = {"batch_size", "random_seed", "use_deterministic_algorithms"}
+
+
+def ledger(stage: "TrainingStage") -> tuple[Entry, ...]:
+    """Every option of the stage with what becomes of it."""
+    entries = []
+    given = stage.model_fields_set
+    for option in type(stage).model_fields:
+        value, is_set = getattr(stage, option), option in given
+        reason = not_applicable(stage, option)
+        if reason is not None:
+            entries.append(Entry(option, value, is_set, "not applicable", reason))
+        elif option in PENDING:
+            entries.append(Entry(option, value, is_set, "not built", PENDING[option]))
+        else:
+            entries.append(Entry(option, value, is_set, "applied", ""))
+    for option in type(stage.method).model_fields:
+        entries.append(
+            Entry(
+                f"method.{option}",
+                getattr(stage.method, option),
+                option in stage.method.model_fields_set,
+                "not built" if _flat_of(stage, option) in PENDING else "applied",
+                "",
+            )
+        )
+    return tuple(entries)
+
+
+def _flat_of(stage: "TrainingStage", key: str) -> str | None:
+    """The flat name of a method option of this stage."""
+    for name, home in FLAT.items():
+        if home.path == f"method.{key}" and stage.method.type in home.types and name != "preference_loss_type":
+            return name
+    return None
+
+
+def not_applicable(stage: "TrainingStage", option: str) -> str | None:
+    """Why this stage type has no use for `option`; None where it has one."""
+    method = stage.method
+    if option in {"method", "early_stopping"} and option != "early_stopping":
+        return None
+    if option in method.refused:
+        return method.refused[option]
+    if option in SLOTS:
+        return None if option in method.slots else f"stage type {method.type!r} has no use for it"
+    family = family_of(option)
+    if family is None:
+        return None
+    if family not in method.families:
+        return f"stage type {method.type!r} has no use for it"
+    if stage.is_evaluation_only and (
+        family in _ONLY_TRAINING or (family is Loop and option not in _LOOP_OF_EVALUATION)
+    ):
+        return "is_evaluation_only: true does not train"
+    return None
+
+
+def problems_of_stage(stage: "TrainingStage") -> list[Problem]:
+    """Everything that cannot work in this stage, from its declaration alone; paths relative to the stage."""
+    if stage.method.missing is not None:
+        missing = f"{stage.method.type!r} is not built yet: {stage.method.missing}"
+        return [Problem("method.type", missing)]
+    return [
+        *_not_built(stage),
+        *_not_used(stage),
+        *_schedule(stage),
+        *_precision(stage),
+        *_data(stage),
+        *_measuring(stage),
+        *_saving(stage),
+        *stage.method.problems(stage),
+    ]
+
+
+def _not_built(stage: "TrainingStage") -> Iterable[Problem]:
+    for option in type(stage).model_fields:
+        if option in PENDING and option in stage.model_fields_set and not_applicable(stage, option) is None:
+            yield Problem(option, f"not built yet: {PENDING[option]}")
+    for option in sorted(stage.method.model_fields_set):
+        flat = _flat_of(stage, option)
+        if flat is not None and flat in PENDING:
+            yield Problem(f"method.{option}", f"not built yet: {PENDING[flat]}")
+    if stage.reference is not None and stage.reference.update_every is not None:
+        yield Problem("reference.update_every", f"not built yet: {PENDING['update_reference_model']}")
+    for (path, value), missing in PENDING_VALUES.items():
+        owner: Any = stage
+        for step in path.split(".")[:-1]:
+            owner = getattr(owner, step, None)
+        if getattr(owner, path.split(".")[-1], None) == value:
+            yield Problem(path, f"{value!r} is not built yet: {missing}")
+
+
+def _not_used(stage: "TrainingStage") -> Iterable[Problem]:
+    for option in type(stage).model_fields:
+        if option in stage.model_fields_set and getattr(stage, option) not in (None, {}, ()):
+            reason = not_applicable(stage, option)
+            if reason is not None:
+                yield Problem(option, f"has no effect here: {reason}")
+
+
+def _schedule(stage: "TrainingStage") -> Iterable[Problem]:
+    given, schedule = stage.model_fields_set, stage.scheduler_type
+    if not_applicable(stage, "scheduler_type"):
+        return
+    if "warmup_steps" in given and "warmup_ratio" in given and stage.warmup_steps > 0 and stage.warmup_ratio > 0:
+        yield Problem("warmup_ratio", "warmup_steps is set as well; keep one of them")
+    if stage.warmup_ratio >= 1:
+        yield Problem(
+            "warmup_ratio", f"{stage.warmup_ratio} leaves no step to train at the full rate; it must be below 1"
+        )
+    if "num_cycles" in given and schedule != "cosine_annealing_warm_restarts":
+        yield Problem(
+            "num_cycles", f"has no effect on {schedule!r}; use scheduler_type: cosine_annealing_warm_restarts"
+        )
+    if "scheduler_power" in given and schedule != "polynomial":
+        yield Problem("scheduler_power", f"has no effect on {schedule!r}; use scheduler_type: polynomial")
+    if stage.min_learning_rate > 0:
+        if schedule == "constant":
+            yield Problem("min_learning_rate", "has no effect on 'constant', which does not decay")
+        elif schedule == "cosine_annealing_warm_restarts":
+            yield Problem("min_learning_rate", f"not built yet with {schedule!r}; use cosine_annealing")
+        elif stage.min_learning_rate >= stage.resolved_learning_rate():
+            rate = stage.resolved_learning_rate()
+            yield Problem("min_learning_rate", f"{stage.min_learning_rate} is not below learning_rate ({rate})")
+    if stage.optimizer_override not in _WITH_ADAM:
+        for option in ("adam_beta1", "adam_beta2", "adam_epsilon"):
+            if option in given:
+                yield Problem(option, f"has no effect on optimizer_override {stage.optimizer_override!r}; use adamw")
+
+
+def _precision(stage: "TrainingStage") -> Iterable[Problem]:
+    if not_applicable(stage, "use_mixed_precision"):
+        return
+    if "mixed_precision_dtype" in stage.model_fields_set and not stage.use_mixed_precision:
+        if stage.mixed_precision_dtype != "none":
+            yield Problem("mixed_precision_dtype", "has no effect without use_mixed_precision: true")
+    elif stage.use_mixed_precision and stage.mixed_precision_dtype == "none":
+        yield Problem("mixed_precision_dtype", "'none' contradicts use_mixed_precision: true")
+
+
+def _data(stage: "TrainingStage") -> Iterable[Problem]:
+    named = isinstance(stage.training_data, Mapping)
+    if stage.is_evaluation_only or not stage.method.needs_data:
+        if stage.validation_data is None and stage.method.type != "custom":
+            yield Problem("validation_data", "missing; an evaluation needs data to measure on")
+        if stage.is_evaluation_only and stage.training_data is not None:
+            yield Problem(
+                "training_data", "has no effect with is_evaluation_only: true; put the data in validation_data"
+            )
+        return
+    if stage.training_data is None:
+        wanted = " or ".join(" + ".join(columns) for columns in stage.method.columns)
+        yield Problem("training_data", f"missing; {stage.method.type} trains on data with {wanted}")
+    if named and stage.data_mixing_ratios is None:
+        yield Problem("data_mixing_ratios", "missing; training_data names several sets, say the share of each")
+    if stage.data_mixing_ratios is not None:
+        if not named:
+            yield Problem("data_mixing_ratios", "needs training_data as a mapping name -> data")
+        else:
+            different = sorted(set(stage.data_mixing_ratios) ^ set(stage.training_data))
+            if different:
+                yield Problem(
+                    "data_mixing_ratios", f"its names must be those of training_data; only one has {different}"
+                )
+    if "data_shuffle_seed" in stage.model_fields_set and not stage.shuffle_data and not named:
+        yield Problem("data_shuffle_seed", "has no effect with shuffle_data: false")
+
+
+def _measuring(stage: "TrainingStage") -> Iterable[Problem]:
+    given = stage.model_fields_set
+    if stage.validation_data is None:
+        for option in ("evaluation_steps", "early_stopping", "metrics_to_track", "custom_evaluation_function"):
+            if option in given and getattr(stage, option) not in (None, 0) and not not_applicable(stage, option):
+                yield Problem(option, "has no effect without validation_data")
+        if stage.save_only_best:
+            yield Problem("save_only_best", "needs validation_data to know what is best")
+    elif stage.save_only_best and stage.evaluation_steps == 0:
+        yield Problem("save_only_best", "needs evaluation_steps above 0 to know what is best")
+    known = {"loss", "perplexity", "accuracy"}
+    if stage.custom_evaluation_function is None:
+        for name in stage.metrics_to_track:
+            if name not in known and "metrics_to_track" in given:
+                message = f"{name!r} is no metric of {stage.method.type!r} ({', '.join(sorted(known))}); "
+                yield Problem("metrics_to_track", message + "others come from custom_evaluation_function")
+    if "perplexity" in stage.metrics_to_track and "metrics_to_track" in given and not stage.method.perplexity:
+        yield Problem(
+            "metrics_to_track", f"'perplexity' means nothing for {stage.method.type!r}, whose loss is no likelihood"
+        )
+
+
+def _saving(stage: "TrainingStage") -> Iterable[Problem]:
+    given, metric = stage.model_fields_set, stage.best_checkpoint_metric
+    if not_applicable(stage, "save_only_best"):
+        return
+    if not stage.save_only_best:
+        for option in ("best_checkpoint_metric", "custom_metric_name", "best_checkpoint_metric_maximize"):
+            if option in given:
+                yield Problem(option, "has no effect without save_only_best: true")
+        return
+    for option in ("checkpoint_save_steps", "checkpoint_save_epochs", "max_checkpoints_to_keep"):
+        if option in given:
+            yield Problem(option, "has no effect with save_only_best: true, which saves at evaluations")
+    if metric not in stage.method.metric_keys and ("best_checkpoint_metric", metric) not in PENDING_VALUES:
+        known = ", ".join(sorted(stage.method.metric_keys))
+        yield Problem("best_checkpoint_metric", f"{stage.method.type!r} does not report {metric!r}; it has {known}")
+    if metric == "custom" and (not stage.custom_metric_name or stage.custom_evaluation_function is None):
+        yield Problem(
+            "custom_metric_name", "best_checkpoint_metric: custom needs it, and a custom_evaluation_function"
+        )
+    if metric != "custom" and stage.custom_metric_name:
+        yield Problem("custom_metric_name", "has no effect without best_checkpoint_metric: custom")
+
+
+STAGE_LEVEL = frozenset(StageOptions.model_fields)
+"""Names of the options that stand on every stage."""
+
+DATA_LEVEL = frozenset(DataOptions.model_fields)
+"""Those that say what the stage reads."""

@@ -1,0 +1,303 @@
+"""The walk over the stages of a run: what is done is kept, what changed is set aside, the rest is run."""
+
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+import yaml
+
+from stagekit.checks import data_of, models_of
+from stagekit.digest import digests, gives_policy
+from stagekit.errors import ConfigError, Interrupted, Problem
+from stagekit.files import lock, make_folder, write_text
+from stagekit.pipeline import to_plain
+from stagekit.result import PipelineResult, StageResult
+from stagekit.runner import Task, _plain_yaml, stage_folder
+from stagekit.show import Show, clock
+from stagekit.stopping import Stop, stop_on_signals
+
+
+if TYPE_CHECKING:
+    from stagekit.pipeline import TrainingPipeline
+    from stagekit.stage import TrainingStage
+
+
+Execute = Callable[[Task, Stop, Show, IO[str]], StageResult]
+
+
+def walk(
+    pipeline: "TrainingPipeline",
+    *,
+    fresh: bool = False,
+    from_stage: str | None = None,
+    until_stage: str | None = None,
+    isolate: bool = False,
+    quiet: bool = False,
+) -> PipelineResult:
+    """Run the stages in order; see `TrainingPipeline.run`."""
+    pipeline.check()
+    names = [stage.name for stage in pipeline.stages]
+    _check_names(names, from_stage, until_stage)
+    if isolate:
+        _refuse_live(pipeline)
+    show, stop, run = Show(quiet), Stop(), pipeline.folder.resolve()
+    make_folder(run)
+    with lock(run) as held, stop_on_signals(stop):
+        if fresh:
+            _clear(run)
+        known = digests(pipeline)
+        write_text(run / "pipeline.yaml", yaml.safe_dump(_plain_yaml(to_plain(pipeline)), sort_keys=False))
+        kept = _kept(pipeline, run, known, from_stage)
+        from stagekit.lockfile import write_lock
+
+        write_lock(pipeline, run)
+        _show_stages(pipeline, run, kept, show)
+        execute: Execute = _in_child if isolate else _here
+        last = names.index(until_stage) if until_stage is not None else len(names) - 1
+        results: list[StageResult] = []
+        for index, stage in enumerate(pipeline.stages[: last + 1]):
+            task = Task(pipeline, index, run, known[stage.name], tuple(results))
+            results.append(_step(task, kept.get(stage.name), execute, stop, show, held))
+            _delete_unwanted(pipeline, run, results)
+    return PipelineResult(run, tuple(results))
+
+
+def _check_names(names: Sequence[str], from_stage: str | None, until_stage: str | None) -> None:
+    have = ", ".join(names)
+    given = {"--from-stage": from_stage, "--until-stage": until_stage}
+    problems = [
+        Problem(key, f"no stage {name!r}; there are {have}")
+        for key, name in given.items()
+        if name is not None and name not in names
+    ]
+    if problems:
+        raise ConfigError(problems)
+
+
+def _refuse_live(pipeline: "TrainingPipeline") -> None:
+    """A child process gets the pipeline as a file, so nothing in it may be a live object or an unnamed function."""
+    problems = [Problem("model", "is a live object")] if not isinstance(pipeline.model, str | None) else []
+    for stage in pipeline.stages:
+        problems += [
+            Problem(path, "is a live object") for path, value in models_of(stage) if not isinstance(value, str)
+        ]
+        for path, value in data_of(stage):
+            source = value.get("source") if isinstance(value, dict) else getattr(value, "source", value)
+            if not isinstance(source, str):
+                problems.append(Problem(path, "is a live object"))
+        for option in ("run_condition", "data_preprocessor", "custom_evaluation_function"):
+            if callable(getattr(stage, option)):
+                problems.append(
+                    Problem(f"{stage.path}.{option}", "is a function itself; name it 'package.module:function'")
+                )
+        if callable(getattr(stage.method, "function", None)):
+            problems.append(
+                Problem(f"{stage.path}.method.function", "is a function itself; name it 'package.module:function'")
+            )
+        if stage.generation is not None and callable(stage.generation.backend):
+            problems.append(
+                Problem(f"{stage.path}.generation.backend", "is a function itself; name it 'package.module:function'")
+            )
+    if problems:
+        raise ConfigError(
+            [
+                Problem(one.path, f"{one.message}; stages in children need files and names (drop isolate)")
+                for one in problems
+            ]
+        )
+
+
+def _clear(run: Path) -> None:
+    for path in run.iterdir():
+        if path.is_dir() and (path / "stage.yaml").exists() | (path / "result.json").exists():
+            shutil.rmtree(path)
+
+
+def _kept(
+    pipeline: "TrainingPipeline", run: Path, known: dict[str, str | None], from_stage: str | None
+) -> dict[str, StageResult]:
+    """The results that stand: same digest, finished, and with the files that stages to be run will read."""
+    kept: dict[str, StageResult] = {}
+    forced = False
+    for index, stage in enumerate(pipeline.stages):
+        forced = forced or stage.name == from_stage
+        result = StageResult.read(stage_folder(run, index, stage.name) / "result.json", run)
+        if forced or not stage.enabled or result is None or not result.finished:
+            continue
+        if result.digest is not None and result.digest == known[stage.name]:
+            kept[stage.name] = result
+    changed = True
+    while changed:
+        changed = False
+        for index, stage in enumerate(pipeline.stages):
+            if stage.name in kept or not stage.enabled:
+                continue
+            for needed in _reads(pipeline, index):
+                if needed in kept and not _there(kept[needed]):
+                    del kept[needed]
+                    changed = True
+    return kept
+
+
+def _reads(pipeline: "TrainingPipeline", index: int) -> set[str]:
+    """Names of the stages whose files the stage at `index` reads."""
+    stage = pipeline.stages[index]
+    found = set()
+    for _, value in [*models_of(stage), *data_of(stage)]:
+        source = value.get("source") if isinstance(value, dict) else getattr(value, "source", value)
+        if isinstance(source, str) and source.startswith("stage:"):
+            found.add(source.removeprefix("stage:").partition("/")[0])
+    if stage.model is None:
+        for before in reversed(pipeline.stages[:index]):
+            if gives_policy(before):
+                found.add(before.name)
+                break
+    return found
+
+
+def _there(result: StageResult) -> bool:
+    policy = result.artifacts.get("policy")
+    places = (
+        [result.run / str(policy)] if policy is not None and str(policy).startswith(f"{result.index:02d}-") else []
+    )
+    places += [result.run / str(path) for path in result.artifacts.get("datasets", {}).values()]
+    return all(place.exists() for place in places)
+
+
+def _step(
+    task: Task, kept: StageResult | None, execute: Execute, stop: Stop, show: Show, held: IO[str]
+) -> StageResult:
+    """One stage: kept, skipped, or run."""
+    stage = task.stage
+    title = f"[{task.index + 1}/{len(task.pipeline.stages)}] {stage.name}"
+    if not stage.enabled:
+        show.line(f"{title}: skipped (enabled: false)")
+        result = StageResult(
+            stage.name, task.index + 1, stage.method.type, "skipped", "enabled: false", task.digest, run=task.run
+        )
+        task.folder.mkdir(exist_ok=True)
+        result.write(task.folder / "result.json")
+        return result
+    if kept is not None:
+        show.line(f"{title}: done before, kept ({clock(kept.duration_seconds)})")
+        return kept
+    if stop():
+        raise Interrupted(_how_to_go_on(task))
+    _set_aside(task, show)
+    show.line()
+    show.line(
+        f"{title} · {stage.method.type}" + (f" · {stage.description}" if stage.description else ""), style="bold"
+    )
+    started = time.monotonic()
+    try:
+        result = execute(task, stop, show, held)
+    except (Interrupted, KeyboardInterrupt):
+        raise Interrupted(_how_to_go_on(task)) from None
+    said = f"  {result.status}" + (f" ({result.reason})" if result.reason else "")
+    numbers = ", ".join(
+        f"{name} {value:.4g}" for name, value in result.metrics.items() if name in {"train_loss", "eval_loss"}
+    )
+    rows = f", {result.samples_trained} rows, {result.steps} steps" if result.steps else ""
+    show.line(f"{said} in {clock(time.monotonic() - started)}{rows}" + (f", {numbers}" if numbers else ""))
+    return result
+
+
+def _how_to_go_on(task: Task) -> str:
+    return f"stopped in stage {task.stage.name!r}; what is done is in {task.run}. Run the same command again to go on"
+
+
+def _set_aside(task: Task, show: Show) -> None:
+    """A finished or begun result of other settings is moved out of the way, not mixed with the new one."""
+    before = StageResult.read(task.folder / "result.json", task.run)
+    known = _declared_digest(task)
+    if known is None or known == task.digest:
+        if before is not None:
+            (task.folder / "result.json").unlink()
+            if before.finished:
+                shutil.rmtree(task.folder / "checkpoints", ignore_errors=True)
+    else:
+        target = task.run / "replaced" / f"{task.folder.name}-{known[:12]}"
+        target.parent.mkdir(exist_ok=True)
+        if target.exists():
+            shutil.rmtree(target)
+        task.folder.rename(target)
+        task.folder.mkdir()
+        journal = target / "journal.jsonl"
+        if journal.exists():
+            shutil.copy2(journal, task.folder / "journal.jsonl")
+        show.line(
+            f"  stage {task.stage.name!r} changed since it ran; its old folder is {target.relative_to(task.run)}"
+        )
+    task.folder.mkdir(exist_ok=True)
+    write_text(task.folder / "digest", f"{task.digest or 'live'}\n")
+
+
+def _declared_digest(task: Task) -> str | None:
+    """The digest that the folder's content was made under; None where there is no content yet."""
+    path = task.folder / "digest"
+    return path.read_text(encoding="utf-8").strip() if path.is_file() else None
+
+
+def _delete_unwanted(pipeline: "TrainingPipeline", run: Path, results: Sequence[StageResult]) -> None:
+    """`save_checkpoint_after: false`: the model goes once the next stage has completed."""
+    if not results[-1].finished:
+        return
+    for index, stage in enumerate(pipeline.stages[: len(results) - 1]):
+        if stage.save_checkpoint_after:
+            continue
+        if any(stage.name in _reads(pipeline, later) for later in range(len(results), len(pipeline.stages))):
+            continue
+        folder = stage_folder(run, index, stage.name)
+        for name in ("policy", "adapter", "checkpoints", "base", "input"):
+            shutil.rmtree(folder / name, ignore_errors=True)
+
+
+def _show_stages(pipeline: "TrainingPipeline", run: Path, kept: dict[str, StageResult], show: Show) -> None:
+    rows = []
+    for number, stage in enumerate(pipeline.stages, start=1):
+        state = "done" if stage.name in kept else "off" if not stage.enabled else "to do"
+        rows.append((str(number), stage.name, stage.method.type, _data_said(stage), _how(stage), state))
+    show.table(f"{pipeline.name} -> {run}", ("", "stage", "method", "data", "how", "state"), rows)
+
+
+def _data_said(stage: "TrainingStage") -> str:
+    def short(value: Any) -> str:
+        source = value.get("source") if isinstance(value, dict) else getattr(value, "source", value)
+        return source if isinstance(source, str) else f"<{type(source).__name__}>"
+
+    return (
+        " + ".join(
+            short(value).rpartition("/")[2] if not short(value).startswith("stage:") else short(value)
+            for _, value in data_of(stage)
+        )
+        or "-"
+    )
+
+
+def _how(stage: "TrainingStage") -> str:
+    if not gives_policy(stage):
+        return "evaluation only" if stage.is_evaluation_only or stage.method.type == "evaluation" else "-"
+    lora = (
+        f"LoRA r={stage.lora.rank}" + (f" {stage.lora.bits} bit" if stage.lora.bits else "")
+        if stage.lora
+        else "full weights"
+    )
+    length = (
+        f"{stage.max_steps} steps" if stage.max_steps else f"{stage.epochs} epoch" + ("s" if stage.epochs > 1 else "")
+    )
+    precision = stage.mixed_precision_dtype if stage.use_mixed_precision else "fp32"
+    return f"{lora}, {length}, {precision}, lr {stage.resolved_learning_rate():g}"
+
+
+def _here(task: Task, stop: Stop, show: Show, held: IO[str]) -> StageResult:
+    from stagekit.runner import run_stage
+
+    return run_stage(task, stop, show)
+
+
+def _in_child(task: Task, stop: Stop, show: Show, held: IO[str]) -> StageResult:
+    from stagekit.children import run_in_child
+
+    return run_in_child(task, stop, held)
