@@ -4,6 +4,7 @@ The child holds the run's lock too (it inherits the open file), and ends when it
 other end of the child's standard input open, and the child asks itself to stop when that closes.
 """
 
+import os
 import signal
 import subprocess
 import sys
@@ -26,7 +27,10 @@ def run_in_child(task: Task, stop: Stop, held: IO[str]) -> StageResult:
         StageError, ConfigError, Interrupted: as the stage itself would, or when the child died.
     """
     command = [sys.executable, "-m", "stagekit.child", str(task.run), str(task.index), task.digest or "-"]
-    child = subprocess.Popen(command, stdin=subprocess.PIPE, pass_fds=(held.fileno(),), start_new_session=True)
+    environment = {"TQDM_DISABLE": "1", **os.environ}
+    child = subprocess.Popen(
+        command, stdin=subprocess.PIPE, pass_fds=(held.fileno(),), start_new_session=True, env=environment
+    )
     told = False
     while True:
         try:

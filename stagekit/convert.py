@@ -25,9 +25,14 @@ def cache_folder() -> Path:
     return Path(own) if own else Path(shared or "~/.cache").expanduser() / "stagekit"
 
 
+def conversion_of(gguf: Path, cache: Path | None = None) -> Path:
+    """Where the safetensors folder of a GGUF file is, or will be."""
+    return (cache or cache_folder()) / "models" / f"{gguf.stem}-{fingerprint_of_path(gguf)[:16]}-v{_FORMAT}"
+
+
 def converted(gguf: Path, cache: Path) -> Path:
     """The safetensors folder of a GGUF file, converted once; a second process waits for the first."""
-    target = cache / "models" / f"{gguf.stem}-{fingerprint_of_path(gguf)[:16]}-v{_FORMAT}"
+    target = conversion_of(gguf, cache)
     if target.is_dir():
         return target
     try:

@@ -9,7 +9,6 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +32,7 @@ from datasets import (
 from datasets.exceptions import DatasetsError
 
 from stagekit.errors import ConfigError, Problem, StageError
+from stagekit.mixing import mixing_counts
 from stagekit.rows import Row, as_messages, read_jsonl, rows_of, write_jsonl
 from stagekit.sources import DataSource, missing_columns, parse_data, problems_of_data, renamed_columns
 
@@ -94,18 +94,20 @@ def mix(
     seed: int,
     where: str,
     source_column: bool = False,
+    limit: int | None = None,
 ) -> Dataset:
     """A shuffled mixture with exactly the given ratios, as many rows as there are without using one twice.
 
     N = min over the sets of floor(rows / weight), the weights normalised to 1; the counts add up to N by largest
-    remainder (ties: the earlier name). Which rows are taken and their order depend on `seed` only.
+    remainder (ties: the earlier name); with `limit`, N is at most that. Which rows are taken and their
+    order depend on `seed` only.
 
     Raises:
         ConfigError: names and ratios differ, a ratio is no positive number, a set would give no row, or the columns
             (names and types) are not the same everywhere.
     """
     _check_ratios(datasets, ratios, where)
-    counts = mixing_counts({name: len(dataset) for name, dataset in datasets.items()}, ratios)
+    counts = mixing_counts({name: len(dataset) for name, dataset in datasets.items()}, ratios, limit)
     for name, count in counts.items():
         if count == 0:
             message = (
@@ -124,19 +126,6 @@ def mix(
         part = _with_features(dataset.select(rows), features)
         parts.append(part.add_column("source", [name] * len(part)) if source_column else part)
     return shuffled(concatenate_datasets(parts), seed)
-
-
-def mixing_counts(lengths: Mapping[str, int], ratios: Mapping[str, float]) -> dict[str, int]:
-    """How many rows `mix` takes of each set."""
-    weights = {name: Fraction(repr(float(ratios[name]))) for name in lengths}
-    total = sum(weights.values())
-    shares = {name: weight / total for name, weight in weights.items()}
-    rows = min(math.floor(lengths[name] / share) for name, share in shares.items())
-    counts = {name: math.floor(rows * share) for name, share in shares.items()}
-    by_remainder = sorted(shares, key=lambda name: counts[name] - rows * shares[name])
-    for name in by_remainder[: rows - sum(counts.values())]:
-        counts[name] += 1
-    return counts
 
 
 def take(dataset: Dataset, n: int, seed: int | None) -> Dataset:

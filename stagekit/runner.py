@@ -312,7 +312,14 @@ def _mixed(task: Task) -> Any:
             loaded = loaded.select_columns(list(wanted))
         sets[name] = loaded
     where = f"{stage.path}.data_mixing_ratios"
-    return mix(sets, ratios, _data_seed(stage), where, source_column=stage.method.makes != ())
+    return mix(
+        sets,
+        ratios,
+        _data_seed(stage),
+        where,
+        source_column=stage.method.makes != (),
+        limit=stage.max_training_samples,
+    )
 
 
 def _check_template(task: Task, tokenizer: Any, datasets: list[Any]) -> None:

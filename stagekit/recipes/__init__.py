@@ -1,0 +1,1 @@
+"""Ready pipelines: `python -m stagekit.recipes.NAME`. A recipe is one function that returns a pipeline."""

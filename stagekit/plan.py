@@ -1,0 +1,205 @@
+"""What a pipeline would do, stage by stage, without loading anything: arguments and sources, rows, steps, memory."""
+
+import json
+import math
+import struct
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from stagekit.arguments import settings_of
+from stagekit.checks import as_data, data_of
+from stagekit.digest import gives_policy
+from stagekit.ledger import ledger
+from stagekit.rows import rows_of
+from stagekit.sources import parse_data, parse_model
+
+
+if TYPE_CHECKING:
+    from stagekit.pipeline import TrainingPipeline
+    from stagekit.stage import TrainingStage
+
+
+GIB = 1 << 30
+
+
+def plan(pipeline: "TrainingPipeline") -> list[dict[str, Any]]:
+    """One entry per stage: trainer, arguments `{argument, value, source}`, data, steps, memory, notes, ledger."""
+    made: dict[str, dict[str, Any]] = {}
+    policy: str | None = pipeline.model if isinstance(pipeline.model, str) else None
+    shapes = _shapes(policy)
+    entries = []
+    for stage in pipeline.stages:
+        start = policy if stage.model is None else stage.model if isinstance(stage.model, str) else "<live model>"
+        data = {path: _data(value, made) for path, value in data_of(stage)}
+        rows = _rows_to_train(stage, data)
+        entries.append(
+            {
+                "stage": stage.name,
+                "type": stage.method.type,
+                "enabled": stage.enabled,
+                "trainer": stage.method.trainer_class,
+                "model": start,
+                "data": data,
+                "rows": rows,
+                "steps": _steps(stage, rows),
+                "memory": _memory(stage, shapes),
+                "arguments": [
+                    {"argument": one.target, "value": one.value, "source": one.source} for one in settings_of(stage)
+                ],
+                "notes": list(stage.method.notes(stage)),
+                "not_used": [
+                    f"{entry.option}: {entry.reason}" for entry in ledger(stage) if entry.disposition != "applied"
+                ],
+            }
+        )
+        for name in stage.method.makes:
+            made[f"stage:{stage.name}/{name}"] = {"rows": rows.get("made", {}).get(name), "columns": None}
+        if gives_policy(stage):
+            policy = f"stage:{stage.name}"
+    return entries
+
+
+def _data(value: Any, made: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+    """Where the rows come from, how many there are and with which columns; None for what is not known before a run."""
+    data = as_data(value)
+    if not isinstance(data.source, str):
+        live = data.source
+        return {
+            "source": f"<live {type(live).__name__}>",
+            "rows": len(live),
+            "columns": list(getattr(live, "column_names", [])),
+        }
+    if data.source.startswith("stage:"):
+        return {"source": data.source, "rows": None, "columns": None, **made.get(data.source, {})}
+    source = parse_data(data.source)
+    path = source.path
+    if path is None or not path.is_file() or path.suffix.lower() not in {".jsonl", ".json", ".csv"}:
+        return {"source": data.source, "rows": None, "columns": None}
+    rows, columns = 0, list[str]()
+    for _, row in rows_of(path):
+        rows += 1
+        columns = columns or list(row)
+    return {"source": data.source, "rows": rows, "columns": columns}
+
+
+def _rows_to_train(stage: "TrainingStage", data: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+    """Rows that the stage reads (`read`), and at most trains on (`trained`)."""
+    prefix = f"{stage.path}.training_data"
+    counts = {
+        path.removeprefix(prefix).lstrip("."): entry["rows"] for path, entry in data.items() if path.startswith(prefix)
+    }
+    if not counts or any(count is None for count in counts.values()):
+        return {"read": None, "trained": None}
+    shares = {name: count for name, count in counts.items() if name}
+    if shares and stage.data_mixing_ratios:
+        from stagekit.mixing import mixing_counts
+
+        mixed = mixing_counts(shares, stage.data_mixing_ratios, stage.max_training_samples)
+        read = sum(mixed.values())
+    else:
+        mixed, read = {}, sum(counts.values())
+        read = min(read, stage.max_training_samples or read)
+    if stage.method.type != "constitutional":
+        return {"read": read, "trained": read}
+    method: Any = stage.method
+    unrevised = sum(mixed.get(name, 0) for name in method.unrevised)
+    revised = read - unrevised
+    most = revised * (method.rounds if method.target == "all" else 1) + unrevised
+    return {"read": read, "trained": most, "made": {"preferences": revised, "revisions": most}}
+
+
+def _steps(stage: "TrainingStage", rows: Mapping[str, Any]) -> int | None:
+    """Optimiser steps, at most: rows that are dropped make fewer."""
+    if not gives_policy(stage) or stage.method.trainer_class is None:
+        return 0
+    if stage.max_steps > 0:
+        return stage.max_steps
+    if rows["trained"] is None:
+        return None
+    batches = math.ceil(int(rows["trained"]) / stage.batch_size)
+    return int(math.ceil(batches / stage.gradient_accumulation_steps) * stage.epochs)
+
+
+def _shapes(model: str | None) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every weight, from the safetensors headers of a model that is on this machine."""
+    if model is None or model.startswith("stage:"):
+        return {}
+    folder = parse_model(model).path
+    if folder is not None and folder.suffix.lower() == ".gguf" and folder.is_file():
+        from stagekit.convert import conversion_of
+
+        folder = conversion_of(folder)
+    if folder is None or not folder.is_dir():
+        return {}
+    return dict(item for file in sorted(folder.glob("*.safetensors")) for item in _header(file))
+
+
+def _header(file: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
+    with file.open("rb") as stream:
+        size = struct.unpack("<Q", stream.read(8))[0]
+        header = json.loads(stream.read(size))
+    for name, entry in header.items():
+        if name != "__metadata__":
+            yield name, tuple(entry["shape"])
+
+
+def _memory(stage: "TrainingStage", shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any] | None:
+    """Bytes for weights, gradients and optimiser state; activations come on top and depend on batch and length."""
+    if not shapes or stage.method.trainer_class is None:
+        return None
+    total = sum(math.prod(shape) for shape in shapes.values())
+    if not gives_policy(stage):
+        return {"weights": 4 * total, "trained_parameters": 0, "at_least": 4 * total}
+    if stage.lora is None:
+        trained, weights = total, 4 * total
+    else:
+        matched = [shape for name, shape in shapes.items() if _is_target(name, shape, stage.lora.target_modules)]
+        trained = sum(stage.lora.rank * sum(shape) for shape in matched)
+        weights = int(total * (stage.lora.bits / 8 if stage.lora.bits else 4))
+    return {"weights": weights, "trained_parameters": trained, "at_least": weights + 12 * trained}
+
+
+def _is_target(name: str, shape: tuple[int, ...], targets: tuple[str, ...] | str) -> bool:
+    module = name.removesuffix(".weight").rpartition(".")[2]
+    if targets == "all-linear":
+        return len(shape) == 2 and module not in {"lm_head", "embed_tokens", "wte", "wpe"}
+    names = (targets,) if isinstance(targets, str) else targets
+    return len(shape) == 2 and module in names
+
+
+def as_text(plans: list[dict[str, Any]]) -> str:
+    """The plan as people read it."""
+    lines: list[str] = []
+    for number, entry in enumerate(plans, start=1):
+        off = "" if entry["enabled"] else " (enabled: false)"
+        lines += [f"{number}. {entry['stage']}: {entry['type']}{off}", f"   trainer  {entry['trainer'] or '-'}"]
+        lines.append(f"   model    {entry['model'] or '-'}")
+        for path, data in entry["data"].items():
+            columns = ", ".join(data["columns"]) if data["columns"] else "columns known when it runs"
+            rows = f"{data['rows']} rows" if data["rows"] is not None else "rows known when it runs"
+            lines.append(f"   data     {path.split('.', 2)[2]}: {data['source']} ({rows}; {columns})")
+        lines.append(f"   work     {_work(entry)}")
+        width = max((len(one["argument"]) for one in entry["arguments"]), default=0)
+        values = [f"{one['value']!r}" for one in entry["arguments"]]
+        value_width = min(28, max((len(value) for value in values), default=0))
+        for one, value in zip(entry["arguments"], values, strict=True):
+            lines.append(f"     {one['argument']:<{width}} = {value:<{value_width}}  {one['source']}")
+        lines += [f"   note     {note}" for note in entry["notes"]]
+        lines.append("")
+    lines.append("use_cpu and output_dir are set when a stage runs; not used options: `--json`.")
+    return "\n".join(lines)
+
+
+def _work(entry: Mapping[str, Any]) -> str:
+    rows, steps, memory = entry["rows"], entry["steps"], entry["memory"]
+    parts = []
+    if rows["read"] is not None:
+        parts.append(f"{rows['read']} rows read")
+    if rows["trained"] is not None and rows["trained"] != rows["read"]:
+        parts.append(f"at most {rows['trained']} rows to learn")
+    parts.append("steps known when it runs" if steps is None else f"at most {steps} steps")
+    if memory is not None:
+        trained = memory["trained_parameters"]
+        parts.append(f"{trained:,} parameters trained, {memory['at_least'] / GIB:.2f} GiB plus activations")
+    return "; ".join(parts)

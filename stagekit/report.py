@@ -1,0 +1,117 @@
+"""What a run folder says: its stages, their progress, where everything lies, how to load the result."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from stagekit.errors import ConfigError
+from stagekit.parse import read
+from stagekit.result import PipelineResult, StageResult
+from stagekit.runner import stage_folder
+from stagekit.show import Show, clock
+
+
+MIB = 1 << 20
+
+
+def status(folder: Path) -> dict[str, Any]:
+    """The run in `folder`: its name, and per stage the result, or how far it is.
+
+    Raises:
+        ConfigError: there is no run.
+    """
+    if not (folder / "pipeline.yaml").is_file():
+        raise ConfigError(f"{folder}: no run here (no pipeline.yaml); give the folder that `stagekit run` wrote to")
+    declared = read(folder / "pipeline.yaml")
+    stages = []
+    for index, stage in enumerate(declared["stages"]):
+        path = stage_folder(folder, index, stage["name"])
+        result = StageResult.read(path / "result.json", folder.resolve())
+        entry: dict[str, Any] = {
+            "name": stage["name"],
+            "folder": path.name,
+            "status": "to do",
+            "progress": _progress(path),
+        }
+        if result is not None:
+            entry.update(
+                status=result.status,
+                reason=result.reason,
+                metrics=dict(result.metrics),
+                artifacts=dict(result.artifacts),
+                steps=result.steps,
+                samples_trained=result.samples_trained,
+                samples_dropped=dict(result.samples_dropped),
+                duration_seconds=result.duration_seconds,
+                peak_memory_bytes=result.peak_memory_bytes,
+            )
+        elif path.is_dir():
+            entry["status"] = "begun"
+        stages.append(entry)
+    return {"name": declared.get("name", "pipeline"), "folder": str(folder), "stages": stages}
+
+
+def _progress(path: Path) -> dict[str, int]:
+    """Texts in the journal, and the last step that was logged."""
+    found = {}
+    journal, metrics = path / "journal.jsonl", path / "metrics.jsonl"
+    if journal.is_file():
+        found["texts"] = sum(1 for line in journal.open("rb") if line.startswith(b'{"type": "record"'))
+    if metrics.is_file() and (lines := metrics.read_text(encoding="utf-8").splitlines()):
+        found["step"] = int(json.loads(lines[-1]).get("step", 0))
+    return found
+
+
+def show_status(folder: Path) -> None:
+    """Print the status of a run."""
+    said = status(folder)
+    rows = []
+    for number, stage in enumerate(said["stages"], start=1):
+        progress = ", ".join(f"{name} {count}" for name, count in stage["progress"].items())
+        taken = clock(stage["duration_seconds"]) if "duration_seconds" in stage else ""
+        memory = f"{stage['peak_memory_bytes'] / MIB:.0f} MiB" if stage.get("peak_memory_bytes") else ""
+        reason = str(stage.get("reason") or "").partition("\n")[0]
+        rows.append((str(number), stage["name"], stage["status"], progress, taken, memory, reason))
+    head = ("", "stage", "status", "progress", "time", "memory", "why")
+    Show().table(f"{said['name']} in {said['folder']}", head, rows)
+
+
+def show_end(result: PipelineResult) -> None:
+    """Say where everything lies, and how to load the result without stagekit."""
+    show = Show()
+    show.line()
+    rows = []
+    for stage in result.stages:
+        dropped = ", ".join(f"{count} {reason}" for reason, count in stage.samples_dropped.items())
+        numbers = ", ".join(
+            f"{name} {stage.metrics[name]:.4g}" for name in ("train_loss", "eval_loss") if name in stage.metrics
+        )
+        rows.append(
+            (
+                stage.name,
+                stage.status,
+                str(stage.samples_trained),
+                dropped or "-",
+                numbers or "-",
+                clock(stage.duration_seconds),
+            )
+        )
+    show.table("results", ("stage", "status", "rows", "dropped", "metrics", "time"), rows)
+    show.line()
+    show.line(f"everything is in {result.folder}:")
+    show.line("  NN-stage/result.json (the account), plan.json (every argument), metrics.jsonl (the curves)")
+    for stage in result.stages:
+        for name, path in stage.artifacts.get("datasets", {}).items():
+            show.line(f"  {path}: the dataset {name}")
+    policy = result.policy
+    if policy is None:
+        return
+    show.line()
+    show.line("load the result with plain transformers:", style="bold")
+    adapter = (Path(policy) / "adapter_config.json").is_file()
+    show.line("  from transformers import AutoModelForCausalLM, AutoTokenizer")
+    show.line(
+        f'  model = AutoModelForCausalLM.from_pretrained("{policy}")'
+        + ("  # an adapter: needs peft" if adapter else "")
+    )
+    show.line(f'  tokenizer = AutoTokenizer.from_pretrained("{policy}")')
