@@ -38,8 +38,6 @@ _DIRECT = {
     "use_gradient_checkpointing": "activation_checkpointing",
     "weight_decay": "weight_decay",
     "max_checkpoints_to_keep": "save_total_limit",
-    "random_seed": "seed",
-    "use_deterministic_algorithms": "full_determinism",
     "epochs": "num_train_epochs",
 }
 """Stage option -> the argument that carries its value unchanged."""
@@ -86,11 +84,10 @@ def _common(stage: "TrainingStage") -> Iterable[Setting]:
         "full_determinism", stage.use_deterministic_algorithms, _source(stage, "use_deterministic_algorithms")
     )
     yield Setting("dataloader_pin_memory", False, "stagekit")
+    yield Setting("per_device_train_batch_size", stage.batch_size, _source(stage, "batch_size"))
     if evaluating:
-        yield Setting("per_device_train_batch_size", stage.batch_size, _source(stage, "batch_size"))
         yield Setting("activation_checkpointing", False, "stagekit (nothing is trained)")
         return
-    yield Setting("per_device_train_batch_size", stage.batch_size, _source(stage, "batch_size"))
     for option, target in _DIRECT.items():
         if not_applicable(stage, option) is None:
             yield Setting(target, getattr(stage, option), _source(stage, option))
@@ -104,7 +101,8 @@ def _common(stage: "TrainingStage") -> Iterable[Setting]:
 
 
 def _precision(stage: "TrainingStage") -> Iterable[Setting]:
-    option = "mixed_precision_dtype" if stage.use_mixed_precision else "use_mixed_precision"
+    said = stage.use_mixed_precision and "mixed_precision_dtype" in stage.model_fields_set
+    option = "mixed_precision_dtype" if said else "use_mixed_precision"
     source = _source(stage, option)
     chosen = stage.mixed_precision_dtype if stage.use_mixed_precision else "none"
     yield Setting("bf16", chosen == "bf16", source)

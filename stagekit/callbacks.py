@@ -2,56 +2,118 @@
 
 import json
 import math
-import os
 import shutil
 import time
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
-from stagekit.files import write_text
+from stagekit.errors import Interrupted, StageError
+from stagekit.files import sync_files, write_text
 from stagekit.groups import EarlyStopping
+from stagekit.hooks import Tracked
 from stagekit.show import Show
 from stagekit.stopping import Stop
 
 
 MARK = "complete"
-"""A checkpoint folder holds this file once everything in it is written."""
+"""A checkpoint folder holds this file, with the size of every other one, once all of them are on disk."""
+
+TOTALS = "totals.json"
+"""What a checkpoint of transformers leaves out: the sums behind the next log line, and whether training had ended."""
 
 
 def last_checkpoint(folder: Path) -> Path | None:
-    """The newest whole checkpoint; what a crash left half-written is deleted, since the trainer would count it."""
+    """The newest whole checkpoint; what a crash left half-written or half-deleted is deleted, never used."""
     whole = []
     for path in folder.glob("checkpoint-*"):
-        if (path / MARK).is_file():
+        if _is_whole(path):
             whole.append(path)
         else:
             shutil.rmtree(path)
     return max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
 
 
-class Marker(TrainerCallback):  # type: ignore[misc]
-    """Marks a checkpoint as whole, after everything in it has reached the disk."""
+def _is_whole(checkpoint: Path) -> bool:
+    try:
+        sizes = json.loads((checkpoint / MARK).read_text(encoding="utf-8"))
+        return all((checkpoint / name).stat().st_size == size for name, size in sizes.items())
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def ended(checkpoint: Path) -> str | None:
+    """Why training had ended when the checkpoint was written: `completed`, or a reason; None: there is more to do."""
+    found = json.loads((checkpoint / TOTALS).read_text(encoding="utf-8"))["ended"]
+    return None if found is None else str(found)
+
+
+class Totals(TrainerCallback):  # type: ignore[misc]
+    """Keeps the sums of the log line under way in each checkpoint, so that a resumed run logs the same numbers."""
+
+    def __init__(self, resume: Path | None, ended: Callable[[], str | None]) -> None:
+        """Go on from `resume`; `ended` says why training stops, or None where it is to go on later."""
+        self._resume, self._ended = resume, ended
+        self.trainer: Any = None
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Sync the files of the checkpoint, then write the mark."""
+        """Write the sums into the checkpoint."""
+        trainer = self.trainer
+        totals = {
+            "window": float(trainer._tr_loss),
+            "before": trainer._total_loss_scalar,
+            "logged_at": trainer._globalstep_last_logged,
+            "metrics": trainer._metrics["train"],
+            "tokens": trainer._total_train_tokens,
+            "ended": self._ended() if control.should_training_stop else None,
+        }
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        for file in folder.rglob("*"):
-            if file.is_file():
-                with file.open("rb") as stream:
-                    os.fsync(stream.fileno())
-        write_text(folder / MARK, "")
+        write_text(folder / TOTALS, json.dumps(totals, default=float) + "\n")
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Take the sums up again."""
+        if self._resume is None:
+            return
+        totals, trainer = json.loads((self._resume / TOTALS).read_text(encoding="utf-8")), self.trainer
+        trainer._tr_loss.fill_(totals["window"])
+        trainer._total_loss_scalar = totals["before"]
+        trainer._globalstep_last_logged = totals["logged_at"]
+        trainer._metrics["train"].update(totals["metrics"])
+        trainer._total_train_tokens = totals["tokens"]
+
+
+class Marker(TrainerCallback):  # type: ignore[misc]
+    """Marks a checkpoint as whole, after everything in it has reached the disk; then leaves, if that was asked."""
+
+    def __init__(self, leave: Callable[[], bool] | None = None) -> None:
+        self._leave = leave
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Sync the files of the checkpoint, then write the mark.
+
+        Raises:
+            Interrupted: the user asked to stop. Here, since a trainer that ends by itself deletes and loads
+                checkpoints as if it were done.
+        """
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        (folder / MARK).unlink(missing_ok=True)
+        write_text(folder / MARK, json.dumps(sync_files(folder)) + "\n")
+        if self._leave is not None and self._leave():
+            raise Interrupted(f"stopped at step {state.global_step}")
 
 
 class Metrics(TrainerCallback):  # type: ignore[misc]
-    """Appends every log line to `metrics.jsonl`; a resume first cuts off the lines of steps that are done again."""
+    """Appends every log line to `metrics.jsonl`; a resume first cuts off the lines of steps that are done again, a
+    line that a crash tore, and the summary of a training that was not the last."""
 
-    def __init__(self, path: Path, resumed_at: int) -> None:
-        self._path = path
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        kept = [line for line in lines if resumed_at and json.loads(line)["step"] <= resumed_at]
+    def __init__(self, path: Path, resumed_at: int, over: bool, tracked: Tracked) -> None:
+        self._path, self._tracked = path, tracked
+        kept = [line for line, record in _records(path) if _stands(record, resumed_at, over)]
         write_text(path, "".join(f"{line}\n" for line in kept))
 
     def on_log(
@@ -64,9 +126,23 @@ class Metrics(TrainerCallback):  # type: ignore[misc]
     ) -> None:
         """Write one line."""
         if logs and state.is_world_process_zero:
-            record = {"step": state.global_step, **logs, "time": round(time.time(), 3)}
+            shown = {key: value for key, value in logs.items() if not self._tracked.hides(key)}
+            record = {"step": state.global_step, **shown, "time": round(time.time(), 3)}
             with self._path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
+
+
+def _records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            record = json.loads(line)
+        except ValueError:
+            return
+        yield line, record
+
+
+def _stands(record: Mapping[str, Any], resumed_at: int, over: bool) -> bool:
+    return 0 < record["step"] <= resumed_at and (over or "train_runtime" not in record)
 
 
 class Bar(TrainerCallback):  # type: ignore[misc]
@@ -115,6 +191,10 @@ class StopAndSave(TrainerCallback):  # type: ignore[misc]
         self._stop, self._started, self._limit = stop, started, limit_seconds
         self.reason = ""
 
+    def leaves(self) -> bool:
+        """Whether the user asked to stop, so that the trainer is left at the next checkpoint."""
+        return self.reason == "interrupted"
+
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -140,7 +220,8 @@ class SaveByEpoch(TrainerCallback):  # type: ignore[misc]
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Ask for a checkpoint at the end of every Nth epoch."""
-        done = round(state.epoch or 0)
+        epoch = state.epoch or 0.0
+        done = round(epoch) if math.isclose(epoch, round(epoch), abs_tol=1e-6) else 0  # 0: stopped in its middle
         saved = (Path(args.output_dir) / f"checkpoint-{state.global_step}" / MARK).is_file()
         if done and done % self._epochs == 0 and not saved:
             control.should_save = True
@@ -152,8 +233,12 @@ class StopEarly(TrainerCallback, ExportableState):  # type: ignore[misc]
     Not transformers' callback: that one is tied to the metric of the best checkpoint, and forgets its count on resume.
     """
 
-    def __init__(self, options: EarlyStopping, best: float | None = None, waited: int = 0) -> None:
-        self._options, self._best, self._waited = options, best, waited
+    def __init__(self, options: EarlyStopping, key: str, resume: Path | None = None) -> None:
+        """Watch `key`, the trainer's name of the metric; with the count that the checkpoint `resume` holds."""
+        self._options, self._key = options, key
+        before = {} if resume is None else _exported(resume, type(self).__name__)
+        self._best: float | None = before.get("best")
+        self._waited: int = before.get("waited", 0)
         self.reason = ""
 
     def on_evaluate(
@@ -164,12 +249,15 @@ class StopEarly(TrainerCallback, ExportableState):  # type: ignore[misc]
         metrics: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Count an evaluation without a gain."""
-        key = f"eval_{self._options.metric.removeprefix('eval_')}"
-        if metrics is None or key not in metrics:
+        """Count an evaluation without a gain.
+
+        Raises:
+            StageError: the metric was not measured.
+        """
+        if metrics is None or self._key not in metrics:
             have = ", ".join(sorted(name for name in metrics or {} if name.startswith("eval_")))
-            raise KeyError(f"early_stopping.metric: no metric {key!r} was measured; there are: {have}")
-        value = metrics[key] if self._options.maximize else -metrics[key]
+            raise StageError(f"early_stopping.metric: no metric {self._key!r} was measured; there are: {have}")
+        value = metrics[self._key] if self._options.maximize else -metrics[self._key]
         if self._best is None or value > self._best + self._options.min_delta:
             self._best, self._waited = value, 0
         else:
@@ -181,3 +269,10 @@ class StopEarly(TrainerCallback, ExportableState):  # type: ignore[misc]
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps."""
         return {"args": {"best": self._best, "waited": self._waited}, "attributes": {}}
+
+
+def _exported(checkpoint: Path, name: str) -> dict[str, Any]:
+    """What the callback `name` left in a checkpoint."""
+    states = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))["stateful_callbacks"]
+    found: dict[str, Any] = states.get(name, {}).get("args", {})
+    return found

@@ -1,7 +1,9 @@
 """What must hold between stages, and on disk, before anything is loaded. Imports no torch; a second at most."""
 
+import ast
 import importlib.util
 import re
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,36 +31,41 @@ def problems_across(pipeline: "TrainingPipeline") -> list[Problem]:
     problems = []
     if not pipeline.stages:
         problems.append(Problem("stages", "empty; a pipeline has at least one stage"))
-    elif pipeline.model is None and pipeline.stages[0].model is None and _wants_model(pipeline.stages[0]):
-        problems.append(Problem("model", "missing; say which model the first stage starts from"))
+    if isinstance(pipeline.model, str) and pipeline.model.startswith("stage:"):
+        problems.append(Problem("model", f"{pipeline.model!r} is no model to start from; a stage's own model can be"))
+    if pipeline.output_dir is None and (not slug(pipeline.name) or "/" in pipeline.name):
+        problems.append(Problem("name", f"{pipeline.name!r} cannot name a folder; set output_dir, or use letters"))
     seen: dict[str, TrainingStage] = {}
     folders: dict[str, str] = {}
-    for stage in pipeline.stages:
-        folder = slug(stage.name)
-        if stage.name in seen:
-            problems.append(
-                Problem(f"{stage.path}.name", f"{stage.name!r} is taken by another stage; names are unique")
-            )
-        elif not folder or "." in stage.name:
-            problems.append(
-                Problem(
-                    f"{stage.path}.name",
-                    f"{stage.name!r} cannot name a folder and a path; use letters, digits, - and _",
-                )
-            )
-        elif folder in folders:
-            problems.append(
-                Problem(f"{stage.path}.name", f"{stage.name!r} has the same folder as {folders[folder]!r}")
-            )
+    has_model = pipeline.model is not None
+    for index, stage in enumerate(pipeline.stages):
+        problems += _name(stage, seen, folders)
+        if stage.model is None and not has_model and stage.method.type != "custom":
+            message = "missing; say which model the first stage starts from"
+            before = f"missing; no stage before {stage.name!r} leaves a model"
+            problems.append(Problem("model", message) if index == 0 else Problem(f"{stage.path}.model", before))
+        has_model = has_model or gives_policy(stage)
         problems += _references(stage, seen, pipeline)
         problems += _arguments(stage)
         seen[stage.name] = stage
-        folders[folder] = stage.name
+        folders[slug(stage.name)] = stage.name
     return problems
 
 
-def _wants_model(stage: "TrainingStage") -> bool:
-    return stage.method.type != "custom"
+def _name(stage: "TrainingStage", seen: Mapping[str, Any], folders: Mapping[str, str]) -> Iterable[Problem]:
+    name, path = stage.name, f"{stage.path}.name"
+    if name in seen:
+        yield Problem(path, f"{name!r} is taken by another stage; names are unique")
+    elif not slug(name) or set(name) & set("./="):
+        yield Problem(path, f"{name!r} cannot name a folder and a path; use letters, digits, - and _")
+    elif slug(name) in folders:
+        yield Problem(path, f"{name!r} has the same folder as {folders[slug(name)]!r}")
+
+
+def gives_policy(stage: "TrainingStage") -> bool:
+    """Whether the stage, as declared, ends with a model of its own."""
+    trains = stage.method.trains or stage.method.type == "custom"
+    return stage.enabled and trains and not stage.is_evaluation_only
 
 
 def models_of(stage: "TrainingStage") -> Iterator[tuple[str, Any]]:
@@ -72,23 +79,19 @@ def models_of(stage: "TrainingStage") -> Iterator[tuple[str, Any]]:
 
 
 def data_of(stage: "TrainingStage") -> Iterator[tuple[str, Any]]:
-    """Path and value of every set of data that the stage names; `Data` objects and dicts as they are."""
+    """Path and value of every set of data that the stage names."""
     for option in ("training_data", "validation_data"):
         value = getattr(stage, option)
-        if value is None:
-            continue
-        if isinstance(value, Mapping) and "source" not in value:
+        if isinstance(value, Mapping):
             for name, item in value.items():
                 yield f"{stage.path}.{option}.{name}", item
-        else:
+        elif value is not None:
             yield f"{stage.path}.{option}", value
 
 
 def as_data(value: Any) -> Data:
-    """Any spelling of a data set as a `Data` object."""
-    if isinstance(value, Data):
-        return value
-    return Data(**value) if isinstance(value, Mapping) else Data(value)
+    """A set of data as a `Data` object."""
+    return value if isinstance(value, Data) else Data(value)
 
 
 def _references(
@@ -96,22 +99,34 @@ def _references(
 ) -> Iterable[Problem]:
     for path, value in models_of(stage):
         if isinstance(value, str) and value.startswith("stage:"):
-            yield from _earlier(path, value.removeprefix("stage:"), seen, pipeline)
+            name = value.removeprefix("stage:")
+            found = list(_earlier(path, name, seen, pipeline))
+            yield from found
+            if not found and not gives_policy(seen[name]):
+                yield Problem(path, f"stage {name!r} leaves no model ({_why_no_policy(seen[name])})")
     for path, value in data_of(stage):
-        source = value.get("source") if isinstance(value, Mapping) else getattr(value, "source", value)
+        source = as_data(value).source
         if not isinstance(source, str) or not source.startswith("stage:"):
             continue
-        name, slash, dataset = source.removeprefix("stage:").partition("/")
+        name, _, dataset = source.removeprefix("stage:").partition("/")
         found = list(_earlier(path, name, seen, pipeline))
         yield from found
-        if found or seen[name].method.type == "custom":
+        if found:
             continue
-        makes = seen[name].method.makes
-        if not slash or dataset not in makes:
-            have = ", ".join(makes) or "none"
+        makes, own = seen[name].method.makes, seen[name].method.type == "custom"
+        if not seen[name].enabled:
+            yield Problem(path, f"stage {name!r} has enabled: false, so it leaves no dataset")
+        elif not dataset or not (own or dataset in makes):
+            have = ", ".join(makes) or ("what its function returns" if own else "none")
             yield Problem(
                 path, f"stage {name!r} leaves no dataset {dataset!r}; it leaves: {have} (write stage:{name}/DATASET)"
             )
+
+
+def _why_no_policy(stage: "TrainingStage") -> str:
+    if not stage.enabled:
+        return "enabled: false"
+    return "is_evaluation_only: true" if stage.is_evaluation_only else f"{stage.method.type} trains none"
 
 
 def _earlier(
@@ -120,10 +135,12 @@ def _earlier(
     if name in seen:
         return
     if any(stage.name == name for stage in pipeline.stages):
-        yield Problem(path, f"stage {name!r} comes later; only results of earlier stages can be used")
+        own = path.startswith(f"stages.{name}.")
+        where = "is this one" if own else "comes later"
+        yield Problem(path, f"stage {name!r} {where}; only results of earlier stages can be used")
     else:
         close = nearest(name, seen)
-        yield Problem(path, f"no stage {name!r}" + (f"; did you mean {close!r}?" if close else " before this one"))
+        yield Problem(path, f"no stage {name!r} before this one" + (f"; did you mean {close!r}?" if close else ""))
 
 
 def _arguments(stage: "TrainingStage") -> Iterable[Problem]:
@@ -171,28 +188,80 @@ def _data(path: str, value: Any, stage: "TrainingStage") -> list[Problem]:
                 path, f"{data.source!r} is a hub dataset; say which split: {{source: {data.source}, split: train}}"
             )
         ]
-    if data.columns or stage.data_preprocessor is not None:
-        return problems_of_data(source, path)
-    return problems_of_data(source, path, stage.method.columns)
+    wanted = stage.method.columns if stage.data_preprocessor is None else ()
+    return problems_of_data(source, path, wanted, data.columns)
+
+
+def functions_of(stage: "TrainingStage") -> Iterator[tuple[str, Any]]:
+    """Path inside the stage and value of every function that the stage names."""
+    for option in ("run_condition", "data_preprocessor", "custom_loss_function", "custom_evaluation_function"):
+        if getattr(stage, option) is not None:
+            yield option, getattr(stage, option)
+    if getattr(stage.method, "function", None) is not None:
+        yield "method.function", getattr(stage.method, "function")  # noqa: B009 (only custom has it)
+    if stage.generation is not None and stage.generation.backend != "transformers":
+        yield "generation.backend", stage.generation.backend
+
+
+def module_file(module: str) -> Path | None:
+    """The file of a module, found without importing anything; None where there is none.
+
+    Raises:
+        ModuleNotFoundError: there is no such module.
+    """
+    if module == "__main__":
+        file = getattr(sys.modules[module], "__file__", None)
+        return Path(file) if file is not None else None
+    top, *inner = module.split(".")
+    spec = importlib.util.find_spec(top)
+    if spec is None:
+        raise ModuleNotFoundError(module)
+    if not inner:
+        return Path(spec.origin) if spec.has_location and spec.origin else None
+    for folder in spec.submodule_search_locations or ():
+        place = Path(folder, *inner)
+        for file in (place.with_name(f"{place.name}.py"), place / "__init__.py"):
+            if file.is_file():
+                return file
+        if place.is_dir() or list(place.parent.glob(f"{place.name}.*.so")):
+            return None
+    raise ModuleNotFoundError(module)
 
 
 def _functions(stage: "TrainingStage") -> Iterable[Problem]:
-    named = {
-        option: getattr(stage, option)
-        for option in ("run_condition", "data_preprocessor", "custom_evaluation_function")
-    }
-    named["method.function"] = getattr(stage.method, "function", None)
-    named["generation.backend"] = getattr(stage.generation, "backend", None)
-    for option, value in named.items():
-        if not isinstance(value, str) or ":" not in value:
+    for option, value in functions_of(stage):
+        if not isinstance(value, str):
             continue
-        module = value.partition(":")[0]
+        module, _, name = value.partition(":")
+        path = f"{stage.path}.{option}"
         try:
-            found = importlib.util.find_spec(module) is not None
+            file = module_file(module)
         except ModuleNotFoundError:
-            found = False
-        if not found:
-            yield Problem(
-                f"{stage.path}.{option}",
-                f"no module {module!r}; is its package installed, or its folder on PYTHONPATH?",
-            )
+            message = f"no module {module!r}; is its package installed, or its folder on PYTHONPATH?"
+            yield Problem(path, message)
+            continue
+        names = _names_in(file) if file is not None and file.suffix == ".py" else None
+        first = name.partition(".")[0]
+        if names is not None and first not in names:
+            close = nearest(first, names)
+            yield Problem(path, f"{file} has no {first!r}" + (f"; did you mean {close!r}?" if close else ""))
+
+
+def _names_in(file: Path) -> set[str] | None:
+    """The names that a module defines or imports at its top; None where that cannot be read off its text."""
+    try:
+        tree = ast.parse(file.read_bytes())
+    except (SyntaxError, ValueError):
+        return None
+    names: set[str] = set()
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            names.add(node.name)
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            names |= {(alias.asname or alias.name).partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            names |= {target.id for target in targets if isinstance(target, ast.Name)}
+        elif not isinstance(node, ast.Expr):
+            return None
+    return None if "*" in names or "__getattr__" in names else names

@@ -10,7 +10,7 @@ from stagekit.errors import ConfigError, Interrupted, StageError
 from stagekit.parse import read
 from stagekit.pipeline import TrainingPipeline
 from stagekit.result import StageResult
-from stagekit.runner import Task, run_stage, stage_folder
+from stagekit.runner import Task, disabled, run_stage, stage_folder
 from stagekit.show import Show
 from stagekit.stopping import Stop, stop_on_signals
 
@@ -24,6 +24,9 @@ def main(arguments: list[str]) -> int:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     results = []
     for position, before in enumerate(pipeline.stages[:index]):
+        if not before.enabled:
+            results.append(disabled(before, position, run))
+            continue
         result = StageResult.read(stage_folder(run, position, before.name) / "result.json", run)
         assert result is not None, f"stage {before.name!r} has no result"
         results.append(result)
@@ -46,7 +49,8 @@ def _stop_with_parent(stop: Stop) -> None:
     """Ask to stop when the parent is gone: it holds the other end of our standard input and writes nothing to it."""
 
     def watch() -> None:
-        sys.stdin.buffer.read()
+        while os.read(0, 1):  # not sys.stdin, whose lock a waiting thread would hold when the interpreter ends
+            pass
         stop.ask()
 
     threading.Thread(target=watch, daemon=True).start()

@@ -54,9 +54,13 @@ def run_in_child(task: Task, stop: Stop, held: IO[str]) -> StageResult:
         raise ConfigError(reason)
     if code == EXIT["failed"] and result is not None:
         raise StageError(reason)
-    raise StageError(
-        f"stage {task.stage.name!r}: {_death(code)}. Run the same command again to go on from what is saved"
-    )
+    message = f"stage {task.stage.name!r}: {_death(code)}. Run the same command again to go on from what is saved"
+    if result is None:
+        failed = StageResult(
+            task.stage.name, task.index + 1, task.stage.method.type, "failed", message, task.digest, run=task.run
+        )
+        failed.write(task.folder / "result.json")
+    raise StageError(message)
 
 
 def _death(code: int) -> str:

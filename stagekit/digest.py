@@ -1,13 +1,13 @@
 """A stage's digest: what its result depends on. Equal digests, equal results; so a finished stage is not run again."""
 
 import hashlib
-import importlib.util
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stagekit.checks import as_data, data_of, models_of
+from stagekit.checks import as_data, data_of, functions_of, models_of, module_file
+from stagekit.checks import gives_policy as gives_policy
 from stagekit.options import function_name
 from stagekit.sources import fingerprint_of_path, parse_data, parse_model
 
@@ -21,7 +21,7 @@ FORMAT = 1
 """Raised when stages come to mean something else, so that results of before are not taken for those of now."""
 
 _SAYS_NOTHING = {"description", "tags", "metadata", "enabled", "save_checkpoint_after", "max_duration", "callbacks"}
-"""Options that do not change what a stage computes."""
+"""Options that do not change what a stage computes, unless its type says that it reads them."""
 
 _SAMPLE_BYTES = 1 << 20
 
@@ -32,16 +32,20 @@ def digests(pipeline: "TrainingPipeline") -> dict[str, str | None]:
     policy = _model_identity(pipeline.model)
     for stage in pipeline.stages:
         start = policy if stage.model is None else _named_model(stage.model, found)
+        models = {path: _named_model(value, found) for path, value in models_of(stage)}
+        data = {path: _data_identity(value, found) for path, value in data_of(stage)}
+        functions = _functions(stage)
         parts = {
             "format": FORMAT,
             "stage": _declared(stage),
             "template": _template(pipeline.chat_template),
             "model": start,
-            "models": {path: _named_model(value, found) for path, value in models_of(stage)},
-            "data": {path: _data_identity(value, found) for path, value in data_of(stage)},
-            "functions": _functions(stage),
+            "models": models,
+            "data": data,
+            "functions": functions,
         }
-        known = start is not None and None not in parts["models"].values() and None not in parts["data"].values()  # type: ignore[attr-defined]
+        named = [*models.values(), *data.values(), *functions.values()]
+        known = start is not None and None not in named
         text = json.dumps(parts, sort_keys=True, default=str)
         found[stage.name] = hashlib.sha256(text.encode()).hexdigest() if known else None
         if gives_policy(stage):
@@ -49,14 +53,9 @@ def digests(pipeline: "TrainingPipeline") -> dict[str, str | None]:
     return found
 
 
-def gives_policy(stage: "TrainingStage") -> bool:
-    """Whether the stage, as declared, ends with a model of its own."""
-    trains = stage.method.trains or stage.method.type == "custom"
-    return stage.enabled and trains and not stage.is_evaluation_only
-
-
 def _declared(stage: "TrainingStage") -> dict[str, Any]:
-    plain = stage.model_dump(mode="python", exclude={*_SAYS_NOTHING, "training_data", "validation_data", "model"})
+    silent = _SAYS_NOTHING - stage.method.reads
+    plain = stage.model_dump(mode="python", exclude={*silent, "training_data", "validation_data", "model"})
     for option in ("critique_model", "teacher"):
         plain["method"].pop(option, None)
     return plain
@@ -113,25 +112,23 @@ def _data_identity(value: Any, found: Mapping[str, str | None]) -> str | None:
     return f"{identity} {data.split} {columns}"
 
 
-def _functions(stage: "TrainingStage") -> dict[str, str]:
-    """Named functions with the content of the file that holds them: an edited function is another function."""
-    named = {
-        option: getattr(stage, option)
-        for option in ("run_condition", "data_preprocessor", "custom_evaluation_function")
-    }
-    named["function"] = getattr(stage.method, "function", None)
-    named["backend"] = getattr(stage.generation, "backend", None)
-    found = {}
-    for option, value in named.items():
-        if value is None or value == "transformers":
-            continue
-        name = function_name(value)
-        try:
-            spec = importlib.util.find_spec(name.partition(":")[0])
-        except (ModuleNotFoundError, ValueError):
-            spec = None
-        content = (
-            Path(spec.origin).read_bytes() if spec is not None and spec.origin and Path(spec.origin).is_file() else b""
-        )
-        found[option] = f"{name} {hashlib.sha256(content).hexdigest()}"
-    return found
+def _functions(stage: "TrainingStage") -> dict[str, str | None]:
+    """Named functions with the content of the file that holds them: an edited function is another function.
+
+    None for a function that its name does not tell from others: a lambda, a closure, a bound method, an instance.
+    """
+    return {option: _function(value) for option, value in functions_of(stage)}
+
+
+def _function(value: Any) -> str | None:
+    live = not isinstance(value, str)
+    if live and ("<" in getattr(value, "__qualname__", "<") or getattr(value, "__self__", None) is not None):
+        return None
+    name = function_name(value)
+    try:
+        file = module_file(name.partition(":")[0])
+    except ModuleNotFoundError:
+        file = None
+    if file is None:
+        return None if live else name
+    return f"{name} {hashlib.sha256(file.read_bytes()).hexdigest()}"

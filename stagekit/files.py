@@ -28,6 +28,7 @@ def write_text(path: Path, text: str) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
+        _sync(path.parent)
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise StageError(cannot_write(path, error)) from error
@@ -41,11 +42,31 @@ def whole_folder(path: Path) -> Iterator[Path]:
     temporary.mkdir(parents=True)
     try:
         yield temporary
+        sync_files(temporary)
         if path.exists():
             shutil.rmtree(path)
         temporary.rename(path)
+        _sync(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def sync_files(folder: Path) -> dict[str, int]:
+    """Wait until every file below `folder` has reached the disk; gives their sizes by relative name."""
+    sizes = {}
+    for file in sorted(folder.rglob("*")):
+        if file.is_file():
+            _sync(file)
+            sizes[str(file.relative_to(folder))] = file.stat().st_size
+    return sizes
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def cannot_write(path: Path, error: BaseException) -> str:

@@ -6,11 +6,21 @@ One table drives both directions and the parity page (`docs/parity.md`).
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from pydantic import TypeAdapter, ValidationError
+
 from stagekit.adapters import METHODS
 from stagekit.errors import ConfigError, Problem
 from stagekit.groups import LoRA, Reference
-from stagekit.options import Options
-from stagekit.selectors import DPO_LOSS_NAMES, METHOD_NAMES, TABLES, TYPE_NAMES, select
+from stagekit.options import Location, Options, shown
+from stagekit.selectors import (
+    DPO_LOSS_NAMES,
+    FINE_TUNING_NAMES,
+    METHOD_NAMES,
+    PREFERENCE_NAMES,
+    TABLES,
+    TYPE_NAMES,
+    select,
+)
 from stagekit.stage_options import StageOptions
 
 
@@ -27,7 +37,7 @@ class Home(NamedTuple):
 
 _RL = ("ppo", "grpo", "rloo")
 
-MOVED: Mapping[str, Home] = {
+MOVED: dict[str, Home] = {
     "stage_type": Home("method.type"),
     "fine_tuning_method": Home("method.type"),
     "preference_loss_type": Home("method.loss", ("dpo",)),
@@ -83,13 +93,37 @@ _REFERENCE = [name for name, home in MOVED.items() if home.path.startswith("refe
 _METHOD = {
     name: home for name, home in MOVED.items() if home.path.startswith("method.") and home.types and name not in TABLES
 }
+_BOOL = TypeAdapter(bool)
+_SWITCHES = (
+    "use_lora", "use_qlora", "use_reference_model", "share_reference_model", "update_reference_model"
+)  # fmt: skip
+
+
+def as_spelled(given: Mapping[str, Any], loc: Location) -> Location:
+    """A location in a stage as the user spelled it: by the flat name, where that is what was given."""
+    if not loc or not isinstance(given.get(str(loc[0]), ""), str):
+        return loc
+    for name in reversed(MOVED):
+        group, _, key = MOVED[name].path.partition(".")
+        if name not in given or group != loc[0]:
+            continue
+        if not key:
+            return (name, *loc[1:])
+        if key in loc[1:]:
+            return (name, *loc[loc.index(key) + 1 :])
+    return loc
+
+
+def path_as_spelled(given: Mapping[str, Any], path: str) -> str:
+    """`as_spelled` for a path."""
+    return ".".join(str(step) for step in as_spelled(given, tuple(path.split("."))))
 
 
 def to_slots(given: Mapping[str, Any]) -> tuple[dict[str, Any], list[Problem]]:
     """Move flat names into their slots. Returns what to build the stage from, and what was wrong with the names."""
     slots = {name: value for name, value in given.items() if name not in MOVED}
     flat = {name: value for name, value in given.items() if name in MOVED}
-    problems: list[Problem] = []
+    problems = _make_switches(flat)
     if "options" in flat:
         if "trl" in slots:
             problems.append(Problem("options", "trl is given as well; both are one option"))
@@ -108,6 +142,18 @@ def _open(slots: dict[str, Any], name: str) -> dict[str, Any] | None:
     return dict(value) if isinstance(value, Mapping) else {}
 
 
+def _make_switches(flat: dict[str, Any]) -> list[Problem]:
+    """Read the flat switches as pydantic reads a bool; those that are none are taken out and told."""
+    problems = []
+    for name in _SWITCHES:
+        if name in flat:
+            try:
+                flat[name] = _BOOL.validate_python(flat[name])
+            except ValidationError:
+                problems.append(Problem(name, f"must be true or false, not {shown(flat.pop(name))}"))
+    return problems
+
+
 def _method_door(flat: Mapping[str, Any], slots: dict[str, Any]) -> list[Problem]:
     selectors = {name: flat[name] for name in TABLES if flat.get(name) is not None}
     options = {name: value for name, value in flat.items() if name in _METHOD}
@@ -119,8 +165,9 @@ def _method_door(flat: Mapping[str, Any], slots: dict[str, Any]) -> list[Problem
         if method is None:
             return problems
         slots["method"] = method
-        if tags:
-            slots["tags"] = tuple(dict.fromkeys((*tags, *slots.get("tags", ()))))
+        own = slots.get("tags", ())
+        if tags and isinstance(own, list | tuple):
+            slots["tags"] = tuple(dict.fromkeys((*tags, *own)))
     if not options:
         return problems
     if isinstance(slots.get("method"), str):
@@ -129,7 +176,7 @@ def _method_door(flat: Mapping[str, Any], slots: dict[str, Any]) -> list[Problem
     for name, value in options.items():
         home, key = FLAT[name], FLAT[name].path.removeprefix("method.")
         kind = method.get("type", "sft") if method is not None else slots["method"].type
-        if kind in METHODS and kind not in home.types:
+        if isinstance(kind, str) and kind in METHODS and kind not in home.types:
             carriers = ", ".join(home.types)
             problems.append(Problem(name, f"stage type {kind!r} has no such option; it belongs to {carriers}"))
         elif method is None or key in method:
@@ -157,8 +204,12 @@ def _lora_door(flat: Mapping[str, Any], slots: dict[str, Any]) -> list[Problem]:
         problems.append(Problem("use_lora", "false contradicts use_qlora: true"))
     if flat.get("use_qlora"):
         lora["bits"] = flat.get("qlora_bits", 4)
+        if lora["bits"] is None:
+            problems.append(Problem("qlora_bits", "must be 4 or 8, not None"))
     elif "qlora_bits" in flat:
         problems.append(Problem("qlora_bits", "has no effect without use_qlora: true"))
+    elif "use_qlora" in flat:
+        lora["bits"] = None
     slots["lora"] = lora
     return problems
 
@@ -179,18 +230,24 @@ def _reference_door(flat: Mapping[str, Any], slots: dict[str, Any]) -> list[Prob
         reference["mode"] = "auto" if flat.get("share_reference_model", True) else "copy"
     if flat.get("update_reference_model"):
         reference["update_every"] = flat.get("reference_model_update_interval", 100)
+        if reference["update_every"] is None:
+            problems.append(Problem("reference_model_update_interval", "must be a whole number, not None"))
     elif "reference_model_update_interval" in flat:
         name = "reference_model_update_interval"
         problems.append(Problem(name, "has no effect without update_reference_model: true"))
+    elif "update_reference_model" in flat:
+        reference["update_every"] = None
     if reference:
         slots["reference"] = reference
     return problems
 
 
 def default_of(name: str) -> Any:
-    """The specification's default of a flat name."""
-    special = {
+    """The specification's default of a flat name; None for `name`, which has none."""
+    special: dict[str, Any] = {
+        "name": None,
         "stage_type": "supervised_fine_tuning",
+        "learning_rate": METHODS["sft"].default_learning_rate,
         "fine_tuning_method": "sft",
         "use_lora": False,
         "use_qlora": False,
@@ -242,13 +299,16 @@ def to_flat(stage: "TrainingStage", only_set: bool) -> dict[str, Any]:
         return said
     values = {name: default_of(name) for name in FLAT}
     values.update({name: getattr(stage, name) for name in StageOptions.model_fields})
-    values["learning_rate"] = stage.resolved_learning_rate()
     for name, home in _METHOD.items():
         if stage.method.type in home.types:
             values[name] = getattr(stage.method, home.path.removeprefix("method."))
     if stage.lora is not None:
         values.update({name: getattr(stage.lora, key) for name, key in _LORA_VALUES.items()})
-    values.update({"stage_type": TYPE_NAMES[stage.method.type], **said})
+    kind = stage.method.type
+    values.update({"stage_type": TYPE_NAMES[kind], "fine_tuning_method": FINE_TUNING_NAMES.get(kind, "sft"), **said})
+    values["learning_rate"] = stage.resolved_learning_rate()
+    if "preference_loss_type" not in said:
+        values.update(preference_loss_type=PREFERENCE_NAMES.get(kind, "sigmoid"))
     return values
 
 
@@ -289,6 +349,8 @@ def _said_lora(lora: LoRA | None) -> dict[str, Any]:
     said.update({name: getattr(lora, key) for name, key in _LORA_VALUES.items() if key in lora.model_fields_set})
     if lora.bits is not None:
         said.update({"use_qlora": True, "qlora_bits": lora.bits})
+    elif "bits" in lora.model_fields_set:
+        said["use_qlora"] = False
     return said
 
 
@@ -301,14 +363,18 @@ def _said_reference(reference: Reference) -> dict[str, Any]:
             said.update({"use_reference_model": True, "share_reference_model": reference.mode == "auto"})
     if reference.update_every is not None:
         said.update({"update_reference_model": True, "reference_model_update_interval": reference.update_every})
-    return said
+    elif "update_every" in reference.model_fields_set:
+        said["update_reference_model"] = False
+    return said or {"use_reference_model": True}
 
 
 def _unsayable(stage: "TrainingStage") -> list[Problem]:
     """What a stage says that the flat names cannot."""
     no_name = "has no flat name; keep the slot spelling"
     found = [
-        Problem(f"{stage.path}.{name}", no_name) for name in ("model", "generation") if name in stage.model_fields_set
+        Problem(f"{stage.path}.{name}", no_name)
+        for name in ("model", "generation")
+        if getattr(stage, name) is not None
     ]
     if stage.reference is not None and stage.reference.mode not in {"auto", "copy", "none"}:
         found.append(Problem(f"{stage.path}.reference.mode", f"{stage.reference.mode!r} {no_name}"))

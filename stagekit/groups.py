@@ -1,15 +1,69 @@
 """Groups of options that a stage has or has not: an adapter, a reference model, generation, data sources."""
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
 
-from stagekit.options import Count, Fraction, Function, NonNegativeFloat, Options, Positive, PositiveFloat
+from pydantic import BeforeValidator, Discriminator, PlainSerializer, Tag, ValidationError, WithJsonSchema
+from pydantic_core import PydanticCustomError
+
+from stagekit.errors import ConfigError, Problem
+from stagekit.options import (
+    Count,
+    Fraction,
+    NonNegativeFloat,
+    Options,
+    Positive,
+    PositiveFloat,
+    check_function,
+    function_name,
+    problems_of,
+    raise_problems,
+    shown,
+)
+from stagekit.sources import parse_data, parse_model
+
+
+def wrong(text: str) -> PydanticCustomError:
+    """The error that a validator raises, with a message of ours."""
+    return PydanticCustomError("stagekit", "{text}", {"text": text})
+
+
+def _model(value: Any) -> Any:
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, str):
+        try:
+            parse_model(value)
+        except ConfigError as error:
+            raise wrong(str(error)) from None
+    elif value is not None and not hasattr(value, "config"):
+        raise wrong(f"a model is a path, a hub id, a GGUF file, package:, stage: or a live model, not {shown(value)}")
+    return value
+
+
+Model = Annotated[Any, BeforeValidator(_model), WithJsonSchema({"type": ["string", "null"]})]
+"""How a model is named."""
+
+
+def _source(value: Any) -> Any:
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, str):
+        if not value.startswith("stage:"):
+            try:
+                parse_data(value)
+            except ConfigError as error:
+                raise wrong(str(error)) from None
+    elif not hasattr(value, "column_names") and not isinstance(value, Mapping):
+        raise wrong(f"data are a path, a hub id, stage:NAME/DATASET, package: or a live Dataset, not {shown(value)}")
+    return value
 
 
 class Data(Options):
     """Where rows come from, where a bare string does not say enough."""
 
-    source: Any
+    source: Annotated[Any, BeforeValidator(_source), WithJsonSchema({"type": "string"})]
     """A file (jsonl, json, csv, parquet), a saved dataset, a hub id, `stage:NAME/DATASET`, or a live `Dataset`."""
 
     split: str | None = None
@@ -20,6 +74,58 @@ class Data(Options):
 
     def __init__(self, source: Any = None, /, **given: Any) -> None:
         super().__init__(**({"source": source} if source is not None else {}), **given)
+
+
+def _data(value: Any) -> Any:
+    """One set of data in any spelling; a mapping with the keys of `Data` becomes one."""
+    if value is None or isinstance(value, Data):
+        return value
+    if isinstance(value, Mapping) and any(key in value for key in Data.model_fields):
+        try:
+            return Data.model_validate(dict(value))
+        except ValidationError as error:
+            raise_problems(Data, problems_of(error, Data, value))
+    if isinstance(value, Mapping):
+        raise wrong("names several sets; here one is meant: a path, or a mapping with source")
+    return _source(value)
+
+
+def _named_data(value: Any) -> Any:
+    """One set of data, or several by name."""
+    if not isinstance(value, Mapping) or any(key in value for key in Data.model_fields):
+        return _data(value)
+    problems = [Problem("", "an empty mapping names no data")] if not value else []
+    found = {}
+    for name, item in value.items():
+        try:
+            found[name] = _data(item)
+        except PydanticCustomError as error:
+            problems.append(Problem(str(name), error.message()))
+        except ValidationError as error:
+            problems += [Problem(f"{name}.{one.path}", one.message) for one in problems_of(error, Data, item)]
+        if not isinstance(name, str):
+            problems.append(Problem("", f"{name!r} is no name of a set; names are text"))
+        elif item is None:
+            problems.append(Problem(name, "says no data"))
+    raise_problems(Data, problems)
+    return found
+
+
+_DATA_SCHEMA = WithJsonSchema({"type": ["string", "object", "null"]})
+OneSet = Annotated[Any, BeforeValidator(_data), _DATA_SCHEMA]
+"""One set of data."""
+Sets = Annotated[Any, BeforeValidator(_named_data), _DATA_SCHEMA]
+"""One set of data, or a mapping name -> set."""
+
+
+def _modules_kind(value: Any) -> str:
+    return "text" if isinstance(value, str) else "names"
+
+
+Modules = Annotated[
+    Annotated[tuple[str, ...], Tag("names")] | Annotated[str, Tag("text")], Discriminator(_modules_kind)
+]
+"""Names of modules, or one pattern or keyword for them."""
 
 
 class LoRA(Options):
@@ -36,7 +142,7 @@ class LoRA(Options):
     dropout: Fraction = 0.05
     """Dropout on the adapter's input. DPO then keeps dropout on for the adapter, which TRL would switch off."""
 
-    target_modules: tuple[str, ...] | str = ("q_proj", "v_proj")
+    target_modules: Modules = ("q_proj", "v_proj")
     """Names of the modules that get an adapter, or `all-linear`. peft: `target_modules`."""
 
     bits: Literal[4, 8] | None = None
@@ -73,6 +179,20 @@ class EarlyStopping(Options):
     """True where higher is better."""
 
 
+def _backend(value: Any) -> Any:
+    if value == "transformers" or (isinstance(value, str) and ":" in value) or callable(value):
+        return value if value == "transformers" else check_function(value)
+    raise wrong(f"is 'transformers', or a function named as 'package.module:function', not {shown(value)}")
+
+
+Backend = Annotated[
+    Any,
+    BeforeValidator(_backend),
+    PlainSerializer(lambda value: function_name(value), return_type=str),
+    WithJsonSchema({"type": "string", "pattern": r"^(transformers|[\w.]+:[\w.]+)$"}),
+]
+
+
 class Generation(Options):
     """How a stage that writes its own data samples from a model."""
 
@@ -91,5 +211,5 @@ class Generation(Options):
     batch_tokens: Positive = 16384
     """Padded tokens (prompt and reply) of one batch at most: bounds the memory."""
 
-    backend: Literal["transformers"] | Function = "transformers"
+    backend: Backend = "transformers"
     """`transformers`, or a function `messages -> text` that answers instead of the model (scripted, for tests)."""

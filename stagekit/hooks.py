@@ -2,8 +2,42 @@
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
+
+import torch
+
+from stagekit.errors import StageError
+
+
+@dataclass(frozen=True)
+class Tracked:
+    """Which metrics of an evaluation are kept. What is not is measured all the same: early stopping and the best
+    checkpoint see it."""
+
+    keys: Mapping[str, str] = field(default_factory=dict)
+    """The trainer's key -> its name in `metrics_to_track` (eval_loss -> loss)."""
+    names: frozenset[str] = frozenset()
+    """`metrics_to_track`."""
+    all_own: bool = True
+    """Whether every number of the user's own function is kept; False where the user listed which."""
+    own: set[str] = field(default_factory=set)
+    """Keys that the user's own function returned."""
+
+    def listed(self, key: str) -> bool:
+        """Whether the user wants this number of an evaluation in the result."""
+        if key in self.own:
+            return self.all_own or key.removeprefix("eval_") in self.names
+        return self.keys.get(key) in self.names
+
+    def hides(self, key: str) -> bool:
+        """Whether `metrics_to_track` leaves this number out of the log."""
+        return (key in self.keys or key in self.own) and not self.listed(key)
+
+    def missing(self) -> list[str]:
+        """Names that the user asked for and no evaluation gives; known once the own function was called."""
+        found = {*self.keys.values(), *(key.removeprefix("eval_") for key in self.own)}
+        return sorted(self.names - found)
 
 
 @dataclass(frozen=True)
@@ -14,6 +48,9 @@ class Hooks:
     perplexity: bool = False
     evaluate: Callable[[Any, Any], Mapping[str, float]] | None = None
     tags: tuple[str, ...] = ()
+    tracked: Tracked = field(default_factory=Tracked)
+    must_save: Callable[[], bool] | None = None
+    """Whether the trainer is stopping and has to leave a checkpoint, the best or not."""
 
 
 class Hooked:
@@ -22,7 +59,10 @@ class Hooked:
     hooks = Hooks()
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Leave out what the stage does not want logged."""
+        """Leave out what the stage does not want logged; the mean loss is that of all steps, also after a resume."""
+        trainer: Any = self
+        if "train_loss" in logs and trainer.state.global_step:
+            logs["train_loss"] = trainer._total_loss_scalar / trainer.state.global_step
         for key in self.hooks.hidden_logs:
             logs.pop(key, None)
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
@@ -35,16 +75,48 @@ class Hooked:
         if self.hooks.perplexity and loss is not None:
             output.metrics[f"{prefix}_perplexity"] = math.exp(loss) if loss < 700 else math.inf
         if self.hooks.evaluate is not None:
-            trainer: Any = self
-            model = trainer.accelerator.unwrap_model(trainer.model)
-            was_training = model.training
-            model.eval()
-            try:
-                found = self.hooks.evaluate(model, trainer.eval_dataset)
-            finally:
-                model.train(was_training)
-            output.metrics.update({f"{prefix}_{name}": float(value) for name, value in found.items()})
+            found = self._own_metrics(prefix)
+            output.metrics.update(found)
+            self.hooks.tracked.own.update(found)
+            missing = self.hooks.tracked.missing()
+            if missing:
+                have = ", ".join(sorted(key.removeprefix("eval_") for key in found)) or "nothing"
+                raise StageError(
+                    f"metrics_to_track: {missing[0]!r} was not measured; custom_evaluation_function returned {have}"
+                )
         return output
+
+    def _own_metrics(self, prefix: str) -> dict[str, float]:
+        assert self.hooks.evaluate is not None
+        trainer: Any = self
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        was_training = model.training
+        model.eval()
+        try:
+            with torch.no_grad():
+                found = self.hooks.evaluate(model, trainer.eval_dataset)
+        finally:
+            model.train(was_training)
+        if not isinstance(found, Mapping) or not all(isinstance(value, int | float) for value in found.values()):
+            raise StageError(
+                f"custom_evaluation_function returned {found!r}; it returns a mapping of names to numbers"
+            )
+        return {f"{prefix}_{name}": float(value) for name, value in found.items()}
+
+    def _determine_best_metric(self, *args: Any, **kwargs: Any) -> bool:
+        """Where only the best is kept, a trainer that is asked to stop right after an evaluation saves too."""
+        best = super()._determine_best_metric(*args, **kwargs)  # type: ignore[misc]
+        return bool(best) or (self.hooks.must_save is not None and self.hooks.must_save())
+
+    def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
+        """Say that no row is left, where TRL would fail on an empty list of tensors."""
+        if len(dataset) == 0:
+            trainer: Any = self
+            raise StageError(
+                f"none of the {name} rows is left; their prompts are longer than max_length "
+                f"({trainer.args.max_length}). Raise trl.max_length"
+            )
+        return super()._precompute_ref_logps(dataset, name, batch_size)  # type: ignore[misc]
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write the stage's tags into the model card."""

@@ -9,15 +9,14 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from stagekit.adapters.base import SLOTS
 from stagekit.errors import Problem
 from stagekit.flat import FLAT
+from stagekit.options import Options
 from stagekit.pending import PENDING, PENDING_VALUES
 from stagekit.stage_options import (
     CheckpointOptions,
-    DataOptions,
     FreezingOptions,
     Loop,
     OptimizerOptions,
     ScheduleOptions,
-    StageOptions,
     family_of,
 )
 
@@ -56,16 +55,23 @@ def ledger(stage: "TrainingStage") -> tuple[Entry, ...]:
         else:
             entries.append(Entry(option, value, is_set, "applied", ""))
     for option in type(stage.method).model_fields:
+        missing = _missing(stage, option)
         entries.append(
             Entry(
                 f"method.{option}",
                 getattr(stage.method, option),
                 option in stage.method.model_fields_set,
-                "not built" if _flat_of(stage, option) in PENDING else "applied",
-                "",
+                "not built" if missing is not None else "applied",
+                missing or "",
             )
         )
     return tuple(entries)
+
+
+def _missing(stage: "TrainingStage", key: str) -> str | None:
+    """What an option of the method waits for; None where it works."""
+    flat = _flat_of(stage, key)
+    return None if flat is None else PENDING.get(flat)
 
 
 def _flat_of(stage: "TrainingStage", key: str) -> str | None:
@@ -79,7 +85,7 @@ def _flat_of(stage: "TrainingStage", key: str) -> str | None:
 def not_applicable(stage: "TrainingStage", option: str) -> str | None:
     """Why this stage type has no use for `option`; None where it has one."""
     method = stage.method
-    if option in {"method", "early_stopping"} and option != "early_stopping":
+    if option == "method":
         return None
     if option in method.refused:
         return method.refused[option]
@@ -116,12 +122,12 @@ def problems_of_stage(stage: "TrainingStage") -> list[Problem]:
 
 def _not_built(stage: "TrainingStage") -> Iterable[Problem]:
     for option in type(stage).model_fields:
-        if option in PENDING and option in stage.model_fields_set and not_applicable(stage, option) is None:
+        if option in PENDING and _differs(stage, option) and not_applicable(stage, option) is None:
             yield Problem(option, f"not built yet: {PENDING[option]}")
-    for option in sorted(stage.method.model_fields_set):
-        flat = _flat_of(stage, option)
-        if flat is not None and flat in PENDING:
-            yield Problem(f"method.{option}", f"not built yet: {PENDING[flat]}")
+    for option in type(stage.method).model_fields:
+        missing = _missing(stage, option)
+        if missing is not None and _differs(stage.method, option):
+            yield Problem(f"method.{option}", f"not built yet: {missing}")
     if stage.reference is not None and stage.reference.update_every is not None:
         yield Problem("reference.update_every", f"not built yet: {PENDING['update_reference_model']}")
     for (path, value), missing in PENDING_VALUES.items():
@@ -132,9 +138,21 @@ def _not_built(stage: "TrainingStage") -> Iterable[Problem]:
             yield Problem(path, f"{value!r} is not built yet: {missing}")
 
 
+def _differs(owner: Options, option: str) -> bool:
+    """Whether an option was set to something else than its default: that which happens anyway may be said."""
+    if option not in owner.model_fields_set:
+        return False
+    default = type(owner).model_fields[option].get_default(call_default_factory=True)
+    return bool(getattr(owner, option) != default)
+
+
+def _says_something(value: Any) -> bool:
+    return value is not None and not (isinstance(value, Mapping | tuple) and not value)
+
+
 def _not_used(stage: "TrainingStage") -> Iterable[Problem]:
     for option in type(stage).model_fields:
-        if option in stage.model_fields_set and getattr(stage, option) not in (None, {}, ()):
+        if option in stage.model_fields_set and _says_something(getattr(stage, option)):
             reason = not_applicable(stage, option)
             if reason is not None:
                 yield Problem(option, f"has no effect here: {reason}")
@@ -251,10 +269,3 @@ def _saving(stage: "TrainingStage") -> Iterable[Problem]:
         )
     if metric != "custom" and stage.custom_metric_name:
         yield Problem("custom_metric_name", "has no effect without best_checkpoint_metric: custom")
-
-
-STAGE_LEVEL = frozenset(StageOptions.model_fields)
-"""Names of the options that stand on every stage."""
-
-DATA_LEVEL = frozenset(DataOptions.model_fields)
-"""Those that say what the stage reads."""

@@ -1,18 +1,22 @@
 """The ground that every declared option stands on: frozen objects, strict keys, all problems at once by path."""
 
 import difflib
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextvars import ContextVar
-from typing import Annotated, Any, ClassVar, get_args
+from datetime import timedelta
+from typing import Annotated, Any, Self, get_args
 
 from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
     Field,
+    ModelWrapValidatorHandler,
     PlainSerializer,
     ValidationError,
     WithJsonSchema,
+    model_validator,
 )
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
@@ -33,7 +37,8 @@ NonNegativeFloat = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 """A number of 0 or more."""
 
 
-def _function(value: object) -> object:
+def check_function(value: object) -> object:
+    """The value, if it is a function or can be the name of one."""
     if callable(value):
         return value
     if isinstance(value, str):
@@ -48,7 +53,7 @@ def _function(value: object) -> object:
 
 Function = Annotated[
     Any,
-    BeforeValidator(_function),
+    BeforeValidator(check_function),
     PlainSerializer(lambda value: function_name(value), return_type=str),
     WithJsonSchema({"type": "string", "pattern": r"^[\w.]+:[\w.]+$"}),
 ]
@@ -88,6 +93,14 @@ class Options(BaseModel):
     def _build(self, given: dict[str, Any]) -> None:
         BaseModel.__init__(self, **given)
 
+    @model_validator(mode="wrap")
+    @classmethod
+    def _names_are_text(cls, value: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        """YAML reads a bare `on`, `no` or `5` as no text; such a name cannot be an option."""
+        strange = [key for key in value if not isinstance(key, str)] if isinstance(value, Mapping) else []
+        raise_problems(cls, [Problem(str(key), f"{key!r} is no name of an option; names are text") for key in strange])
+        return handler(value)
+
     def only_set(self) -> dict[str, Any]:
         """What was set explicitly, as plain data (nested objects too); functions by name, live objects as they are."""
         return {name: _plain(getattr(self, name)) for name in type(self).model_fields if name in self.model_fields_set}
@@ -108,13 +121,32 @@ def _plain(value: Any) -> Any:
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, tuple | list):
         return [_plain(item) for item in value]
+    if isinstance(value, timedelta):
+        return duration_text(value)
     if callable(value) and hasattr(value, "__qualname__"):
         return function_name(value)
     return value
 
 
-def raise_problems(cls: type[BaseModel], problems: Sequence[Problem], error: ValidationError | None = None) -> None:
-    """Raise one ValidationError that holds `problems` (paths relative to `cls`) beside what `error` already has."""
+def duration_text(value: timedelta) -> str:
+    """A duration as it is declared, in seconds."""
+    return f"{value.total_seconds():.15g}s"
+
+
+Location = tuple[int | str, ...]
+"""Where pydantic found something: names, indices, and the tags of unions."""
+
+
+def raise_problems(
+    cls: type[BaseModel],
+    problems: Sequence[Problem],
+    error: ValidationError | None = None,
+    spelled: Callable[[Location], Location] = lambda loc: loc,
+) -> None:
+    """Raise one ValidationError that holds `problems` (paths relative to `cls`) beside what `error` already has.
+
+    `spelled` turns a location of `error` into the user's spelling of it.
+    """
     lines = [
         InitErrorDetails(
             type=PydanticCustomError("stagekit", "{text}", {"text": problem.message}),
@@ -128,12 +160,12 @@ def raise_problems(cls: type[BaseModel], problems: Sequence[Problem], error: Val
             kind: Any = PydanticCustomError("stagekit", "{text}", line["ctx"])
         else:
             kind = PydanticCustomError(f"pydantic:{line['type']}", "{text}", {"text": line["msg"]})
-        lines.append(InitErrorDetails(type=kind, loc=line["loc"], input=line["input"]))
+        lines.append(InitErrorDetails(type=kind, loc=spelled(line["loc"]), input=line["input"]))
     if lines:
         raise ValidationError.from_exception_data(cls.__name__, lines)
 
 
-def problems_of(error: ValidationError, cls: type[BaseModel], given: Any, prefix: str = "") -> list[Problem]:
+def problems_of(error: ValidationError, cls: type[BaseModel], given: Any) -> list[Problem]:
     """Every line of a ValidationError as a Problem: path by names, what was given, the nearest name if unknown."""
     found = []
     for line in error.errors(include_url=False):
@@ -143,27 +175,58 @@ def problems_of(error: ValidationError, cls: type[BaseModel], given: Any, prefix
             message = unknown(str(key), owner)
         elif kind == "missing":
             message = "missing; it has no default"
-        elif kind in {"stagekit", "function"} or kind == "union_tag_invalid":
+        elif kind in {"stagekit", "function"}:
             message = line["msg"]
         else:
-            message = f"{_lower(line['msg'])}, not {line['input']!r}"
-        full = ".".join(part for part in (prefix, path) if part)
-        problem = Problem(full, message)
+            message = f"{_rule(kind, line['msg'])}, not {shown(line['input'])}" + _meant(
+                kind, line["msg"], line["input"]
+            )
+        problem = Problem(path, message)
         if problem not in found:
             found.append(problem)
     return found
 
 
-def _lower(text: str) -> str:
-    return text[:1].lower() + text[1:]
+_RULES = {
+    "bool_parsing": "must be true or false",
+    "bool_type": "must be true or false",
+    "dict_type": "must be a mapping",
+    "float_parsing": "must be a number",
+    "float_type": "must be a number",
+    "int_type": "must be a whole number",
+    "mapping_type": "must be a mapping",
+    "model_attributes_type": "must be a mapping",
+    "model_type": "must be a mapping",
+    "string_type": "must be text",
+    "tuple_type": "must be a list",
+}
+"""What pydantic's errors are called here; the others keep their words."""
 
 
-def _walk(loc: tuple[int | str, ...], cls: type[BaseModel], given: Any) -> tuple[str, type[BaseModel], object]:
+def _rule(kind: str, text: str) -> str:
+    return _RULES.get(kind, text[:1].lower() + text[1:]).replace("input should be", "must be")
+
+
+def _meant(kind: str, text: str, given: Any) -> str:
+    close = (
+        nearest(given, re.findall(r"'([^']*)'", text)) if kind == "literal_error" and isinstance(given, str) else None
+    )
+    return f"; did you mean {close!r}?" if close else ""
+
+
+def shown(value: Any, limit: int = 80) -> str:
+    """A value as messages quote it: short."""
+    text = repr(value)
+    return text if len(text) <= limit else f"{text[: limit - 4]} ..."
+
+
+def _walk(loc: Location, cls: type[BaseModel], given: Any) -> tuple[str, type[BaseModel], object]:
     """Turn pydantic's location into the user's path; returns it with the class that owns the last key, and that key.
 
     A list item is named by its `name`; the tags that pydantic adds for members of a union are left out.
     """
     owner, value, parts, key = cls, given, [], loc[-1] if loc else ""
+    members: dict[str, type[BaseModel]] = {}
     for step in loc:
         if isinstance(step, int):
             item = value[step] if isinstance(value, list | tuple) and step < len(value) else None
@@ -171,31 +234,30 @@ def _walk(loc: tuple[int | str, ...], cls: type[BaseModel], given: Any) -> tuple
             parts.append(str(name) if isinstance(name, str) and name else str(step))
             value = item
             continue
-        fields = owner.model_fields
-        inside = value.get(step) if isinstance(value, Mapping) else getattr(value, step, None)
-        if step not in fields and inside is None and (member := _member(owner, parts, step)) is not None:
-            owner = member
-            continue
-        if step in _UNION_TAGS:
+        known = step in owner.model_fields or (isinstance(value, Mapping) and step in value)
+        if not known and (step in members or step in UNION_TAGS):
+            owner = members.get(step, owner)
             continue
         parts.append(step)
-        value = inside
-        if step in fields and (nested := _options_in(fields[step].annotation)):
-            tag = value.get("type") if isinstance(value, Mapping) else value if isinstance(value, str) else None
-            owner = next((one for one in nested if _tag(one) == tag), nested[0])
+        value = value.get(step) if isinstance(value, Mapping) else getattr(value, step, None)
+        if step in owner.model_fields and (nested := _options_in(owner.model_fields[step].annotation)):
+            members = {_tag(one) or one.__name__: one for one in nested}
+            tag = value if isinstance(value, str) else _type_of(value)
+            owner = members.get(str(tag), nested[0])
     return ".".join(parts), owner, key
 
 
-_UNION_TAGS = {"str", "int", "float", "bool", "none", "Data", "tuple", "list", "dict"}
+UNION_TAGS = frozenset({"text", "names", "pair"})
+"""Tags of unions whose members are no option classes."""
+
+
+def _type_of(value: Any) -> Any:
+    return value.get("type") if isinstance(value, Mapping) else getattr(value, "type", None)
 
 
 def _tag(cls: type[BaseModel]) -> str | None:
     field = cls.model_fields.get("type")
     return str(get_args(field.annotation)[0]) if field is not None and get_args(field.annotation) else None
-
-
-def _member(owner: type[BaseModel], parts: Sequence[str], step: str) -> type[BaseModel] | None:
-    return owner if step == _tag(owner) or step == owner.__name__ else None
 
 
 def _options_in(annotation: Any) -> list[type[BaseModel]]:
@@ -208,12 +270,6 @@ def nearest(name: str, names: Iterable[str]) -> str | None:
     """The known name most like `name`, if one is near enough to be meant."""
     close = difflib.get_close_matches(name, sorted(names), n=1, cutoff=0.6)
     return close[0] if close else None
-
-
-class HasForeignNames(Options):
-    """Options with a table of the names that other systems use for the same thing."""
-
-    foreign: ClassVar[Mapping[str, str]] = {}
 
 
 def unknown(key: str, owner: type[BaseModel]) -> str:
@@ -246,8 +302,9 @@ def with_overrides(raw: Any, assignments: Sequence[str]) -> Any:
             continue
         try:
             value = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            problems.append(Problem(path, f"the value {text!r} is not YAML: {error}"))
+        except (yaml.YAMLError, ValueError) as error:
+            why = getattr(error, "problem", None) or error
+            problems.append(Problem(path, f"the value {text!r} is not YAML: {why}; quote it if it is text"))
             continue
         problem = _assign(result, path.removeprefix("--").split("."), value)
         if problem:
@@ -264,7 +321,7 @@ def _assign(target: Any, steps: Sequence[str], value: Any) -> str | None:
             index = _index(target, step)
             if index is None:
                 names = ", ".join(str(item.get("name")) for item in target if isinstance(item, dict))
-                return f"no item {step!r} here; there are {names}"
+                return f"no item {step!r} here; " + (f"there are {names}" if names else f"it has {len(target)} items")
             if last:
                 target[index] = value
             else:
@@ -282,6 +339,8 @@ def _assign(target: Any, steps: Sequence[str], value: Any) -> str | None:
                     return f"{'.'.join(steps[: position + 1])} is {inner!r}, it has no options of its own"
                 target[step] = inner
                 target = inner
+        else:
+            return f"{'.'.join(steps[:position]) or 'it'} is {shown(target)}, it has no options of its own"
     return None
 
 
@@ -289,4 +348,4 @@ def _index(items: Sequence[Any], step: str) -> int | None:
     for index, item in enumerate(items):
         if isinstance(item, dict) and item.get("name") == step:
             return index
-    return int(step) if step.isdigit() and int(step) < len(items) else None
+    return int(step) if step.isdecimal() and int(step) < len(items) else None

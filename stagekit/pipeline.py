@@ -1,6 +1,5 @@
 """A pipeline: stages in order, and what must hold between them."""
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -8,8 +7,9 @@ from pydantic import BaseModel
 
 from stagekit.checks import problems_across, problems_on_disk
 from stagekit.errors import ConfigError
+from stagekit.groups import Model
 from stagekit.options import Options, raise_problems, values_only
-from stagekit.stage import ModelField, TrainingStage
+from stagekit.stage import TrainingStage
 
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ class TrainingPipeline(Options):
     name: str = "pipeline"
     """What the run is called; also its folder, `runs/NAME`, where `output_dir` is not set."""
 
-    model: ModelField | None = None
+    model: Model = None
     """The model that the first stage starts from: hub id, path, GGUF file, `package:NAME/FILE`, or a live model."""
 
     output_dir: Path | None = None
@@ -91,8 +91,3 @@ def to_plain(pipeline: TrainingPipeline) -> dict[str, Any]:
     plain = pipeline.only_set()
     plain["stages"] = [stage.only_set() for stage in pipeline.stages]
     return {key: (str(value) if isinstance(value, Path) else value) for key, value in plain.items()}
-
-
-def stage_names(pipeline: TrainingPipeline) -> Mapping[str, TrainingStage]:
-    """Name -> stage."""
-    return {stage.name: stage for stage in pipeline.stages}

@@ -78,6 +78,8 @@ class StageResult:
         """
         try:
             plain = json.loads(path.read_text(encoding="utf-8"))
+            if not isinstance(plain, dict):
+                raise ValueError("no JSON object")
             known = {one.name for one in fields(cls)} - {"run"}
             plain["tags"] = tuple(plain.get("tags", ()))
             return cls(**{key: value for key, value in plain.items() if key in known}, run=run)

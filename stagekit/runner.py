@@ -5,6 +5,7 @@ import dataclasses
 import json
 import logging
 import os
+import random
 import resource
 import shutil
 import sys
@@ -30,6 +31,9 @@ from stagekit.stopping import Stop
 if TYPE_CHECKING:
     from stagekit.pipeline import TrainingPipeline
     from stagekit.stage import TrainingStage
+
+
+DISABLED = "enabled: false"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,8 +86,14 @@ def run_stage(task: Task, stop: Stop, show: Show) -> StageResult:
         raise
     tokenizer = outcome[1]
     result = _result(task, status, reason, outcome[0], started, tokenizer)
+    (task.folder / "error.txt").unlink(missing_ok=True)
     result.write(task.folder / "result.json")
     return result
+
+
+def disabled(stage: "TrainingStage", index: int, run: Path, digest: str | None = None) -> StageResult:
+    """The account of a stage that is switched off."""
+    return StageResult(stage.name, index + 1, stage.method.type, "skipped", DISABLED, digest, run=run)
 
 
 @contextlib.contextmanager
@@ -92,7 +102,11 @@ def _saying_why(task: Task) -> Iterator[None]:
     name = task.stage.name
     try:
         yield
-    except (ConfigError, StageError, Interrupted):
+    except StageError as error:
+        if repr(name) in str(error) or task.stage.path in str(error):
+            raise
+        raise StageError(f"stage {name!r}: {error}") from error
+    except (ConfigError, Interrupted):
         raise
     except MemoryError as error:
         raise StageError(f"stage {name!r}: out of memory; lower batch_size or generation.batch_tokens") from error
@@ -403,19 +417,24 @@ def _peak_memory() -> int:
 
 @contextlib.contextmanager
 def stage_environment() -> Iterator[None]:
-    """Undo what a stage changes for the whole process: environment variables, torch's switches (trap T10)."""
+    """Undo what a stage changes for the whole process: environment variables, switches of torch and of the Hugging
+    Face packages, random states (trap T10). Derived data goes to a temporary folder, not beside the data."""
     import warnings
 
     import datasets
     from transformers.utils import logging as transformers_logging
 
-    before = dict(os.environ)
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    flags = _torch_flags()
+    before, flags, randomness = dict(os.environ), _torch_flags(), _random_states()
     bars = transformers_logging.is_progress_bar_enabled(), datasets.are_progress_bars_disabled()
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    verbosity, caching = transformers_logging.get_verbosity(), datasets.is_caching_enabled()
+    quantiser = logging.getLogger("bitsandbytes")
+    level = quantiser.level
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ["TQDM_DISABLE"] = "1"  # TRL shows a bar for the reference's log-probabilities
+    quantiser.setLevel(logging.ERROR)
     transformers_logging.disable_progress_bar()
     datasets.disable_progress_bars()
+    datasets.disable_caching()
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|trl|peft|accelerate)\b")
@@ -425,9 +444,31 @@ def stage_environment() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
         if not bars[1]:
             datasets.enable_progress_bars()
-        os.environ.clear()
+        if caching:
+            datasets.enable_caching()
+        transformers_logging.set_verbosity(verbosity)
+        quantiser.setLevel(level)
+        for name in set(os.environ) - set(before):
+            del os.environ[name]
         os.environ.update(before)
         _restore_torch_flags(flags)
+        _restore_random_states(randomness)
+
+
+def _random_states() -> tuple[Any, Any, Any]:
+    import numpy
+    import torch
+
+    return random.getstate(), numpy.random.get_state(), torch.random.get_rng_state()
+
+
+def _restore_random_states(states: tuple[Any, Any, Any]) -> None:
+    import numpy
+    import torch
+
+    random.setstate(states[0])
+    numpy.random.set_state(states[1])
+    torch.random.set_rng_state(states[2])
 
 
 def _torch_flags() -> dict[str, Any]:

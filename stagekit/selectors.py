@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from stagekit.errors import Problem
-from stagekit.options import nearest
+from stagekit.options import nearest, shown
 
 
 class Choice(NamedTuple):
@@ -94,6 +94,7 @@ FINE_TUNING_METHODS: Mapping[str, Choice | Refused] = {
     "kto": Choice(("kto",)),
     "orpo": Choice(("orpo",)),
     "cpo": Choice(("cpo",)),
+    "simpo": Choice(("simpo",)),
     "sim_po": Choice(("simpo",)),
     "rlhf": Choice(("ppo",)),
     "ppo": Choice(("ppo",)),
@@ -152,8 +153,28 @@ TYPE_NAMES: Mapping[str, str] = {
 }
 """Which `stage_type` says a stage type, for `to_flat`."""
 
-METHOD_NAMES: Mapping[str, str] = {"kto": "kto", "simpo": "sim_po", "rloo": "reinforce"}
-"""Which `fine_tuning_method` is needed beside `stage_type`, because that alone would select another type."""
+FINE_TUNING_NAMES: Mapping[str, str] = {
+    "sft": "sft",
+    "dpo": "dpo",
+    "kto": "kto",
+    "orpo": "orpo",
+    "cpo": "cpo",
+    "simpo": "simpo",
+    "ppo": "ppo",
+    "grpo": "grpo",
+    "rloo": "reinforce",
+    "constitutional": "constitutional_ai",
+    "rejection_sampling": "rso",
+    "self_play": "spin",
+    "distillation": "knowledge_distillation",
+}
+"""Which `fine_tuning_method` says a stage type, for `to_flat`; the others have none."""
+
+METHOD_NAMES: Mapping[str, str] = {kind: FINE_TUNING_NAMES[kind] for kind in ("kto", "simpo", "rloo")}
+"""Those needed beside `stage_type`, because that alone would select another type."""
+
+PREFERENCE_NAMES: Mapping[str, str] = {"kto": "kto", "orpo": "odds_ratio", "simpo": "simple"}
+"""Which `preference_loss_type` says a stage type that is one loss."""
 
 DPO_LOSS_NAMES: Mapping[str, tuple[str, str]] = {
     **{loss: ("preference_loss_type", loss) for loss in ("sigmoid", "hinge", "ipo", "robust", "conservative")},
@@ -174,9 +195,7 @@ def select(given: Mapping[str, Any]) -> tuple[dict[str, Any] | None, tuple[str, 
             continue
         choice = table.get(value) if isinstance(value, str) else None
         if choice is None:
-            close = nearest(value, table) if isinstance(value, str) else None
-            hint = f"did you mean {close!r}?" if close else f"known are {', '.join(sorted(table))}"
-            problems.append(Problem(name, f"unknown value {value!r}; {hint}"))
+            problems.append(Problem(name, f"unknown value {shown(value)}; {_hint(name, value)}"))
         elif isinstance(choice, Refused):
             problems.append(Problem(name, f"{value!r} cannot be had: {choice.reason}"))
         else:
@@ -194,6 +213,18 @@ def select(given: Mapping[str, Any]) -> tuple[dict[str, Any] | None, tuple[str, 
                 return None, (), [Problem(name, f"contradicts another selector: {key} {value!r} or {preset[key]!r}?")]
     tags = tuple(tag for _, choice in choices for tag in choice.tags)
     return {"type": agreed[0], **preset}, tags, []
+
+
+def _hint(name: str, value: Any) -> str:
+    """The selector that has the value, the nearest value, or where all are listed."""
+    for other, table in TABLES.items():
+        if isinstance(value, str) and other != name and value in table:
+            return f"it is a value of {other}"
+    close = nearest(value, TABLES[name]) if isinstance(value, str) else None
+    known = ", ".join(sorted(TABLES[name]))
+    if close is None and len(known) > 300:
+        return "docs/parity.md lists the values; or write method: TYPE"
+    return f"did you mean {close!r}?" if close else f"known are {known}"
 
 
 def _narrowest(choices: Iterable[tuple[str, Choice]]) -> tuple[str, ...]:

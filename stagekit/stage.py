@@ -1,30 +1,19 @@
 """A stage: the options that every stage has, the slots, and the door for the specification's flat names."""
 
 from collections.abc import Mapping
-from typing import Annotated, Any
+from functools import partial
+from typing import Any
 
-from pydantic import BaseModel, BeforeValidator, ValidationError
-from pydantic_core import PydanticCustomError
+from pydantic import BaseModel, ValidationError
 
 from stagekit.adapters import MethodField
 from stagekit.adapters.sft import SFT
-from stagekit.flat import to_flat, to_slots
-from stagekit.groups import Generation, LoRA, Reference
+from stagekit.flat import as_spelled, path_as_spelled, to_flat, to_slots
+from stagekit.groups import Generation, LoRA, Model, Reference
 from stagekit.ledger import problems_of_stage
 from stagekit.options import raise_problems, values_only
 from stagekit.selectors import TABLES
 from stagekit.stage_options import StageOptions
-
-
-def _model(value: Any) -> Any:
-    if value is None or not isinstance(value, int | float | list | tuple | Mapping):
-        return value
-    text = f"a model is a path, a hub id, a GGUF file, package:, stage: or a live model, not {value!r}"
-    raise PydanticCustomError("stagekit", "{text}", {"text": text})
-
-
-ModelField = Annotated[Any, BeforeValidator(_model)]
-"""How a model is named."""
 
 
 class TrainingStage(StageOptions):
@@ -37,7 +26,7 @@ class TrainingStage(StageOptions):
     method: MethodField = SFT()
     """What the stage does: an object such as `DPO(beta=0.1)`, or a type's name."""
 
-    model: ModelField | None = None
+    model: Model = None
     """The model to start from. None = the result of the stage before, or the pipeline's model."""
 
     lora: LoRA | None = None
@@ -58,9 +47,9 @@ class TrainingStage(StageOptions):
         try:
             BaseModel.__init__(self, **slots)
         except ValidationError as error:
-            raise_problems(type(self), problems, error)
+            raise_problems(type(self), problems, error, partial(as_spelled, given))
         if not values_only.get() and not any(problem.path in TABLES for problem in problems):
-            problems = [*problems, *problems_of_stage(self)]
+            problems += [one._replace(path=path_as_spelled(given, one.path)) for one in problems_of_stage(self)]
         raise_problems(type(self), problems)
 
     @property

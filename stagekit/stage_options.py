@@ -9,32 +9,43 @@ from datetime import timedelta
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, PlainSerializer, WithJsonSchema
-from pydantic_core import PydanticCustomError
 
-from stagekit.groups import EarlyStopping
-from stagekit.options import Count, Fraction, Function, NonNegativeFloat, Options, Positive, PositiveFloat, Seed
+from stagekit.groups import EarlyStopping, OneSet, Sets, wrong
+from stagekit.options import (
+    Count,
+    Fraction,
+    Function,
+    NonNegativeFloat,
+    Options,
+    Positive,
+    PositiveFloat,
+    Seed,
+    duration_text,
+    shown,
+)
 
 
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
 def _duration(value: object) -> object:
+    if value is None:
+        return None
+    found = value
     if isinstance(value, str) and value[-1:] in _UNITS:
         try:
-            return timedelta(seconds=float(value[:-1]) * _UNITS[value[-1]])
-        except ValueError:
-            pass
-    if isinstance(value, timedelta) or value is None:
-        return value
-    raise PydanticCustomError(
-        "stagekit", "{text}", {"text": f"a duration is written 90s, 30m, 6h or 2d, not {value!r}"}
-    )
+            found = timedelta(seconds=float(value[:-1]) * _UNITS[value[-1]])
+        except (ValueError, OverflowError):
+            found = None
+    if not isinstance(found, timedelta) or found <= timedelta(0):
+        raise wrong(f"a duration is written 90s, 30m, 6h or 2d, and is above 0; not {shown(value)}")
+    return found
 
 
 Duration = Annotated[
     timedelta,
     BeforeValidator(_duration),
-    PlainSerializer(lambda value: f"{value.total_seconds():g}s", return_type=str),
+    PlainSerializer(duration_text, return_type=str),
     WithJsonSchema({"type": "string", "pattern": r"^[0-9.]+[smhd]$"}),
 ]
 
@@ -68,7 +79,7 @@ class Identity(Options):
     """Labels for the stage; written to its result and its model card."""
 
     metadata: Mapping[str, Any] = {}
-    """Your own values; written to the stage's result, never read."""
+    """Your own values; written to the stage's result. Only the function of a `custom` stage reads them."""
 
     enabled: bool = True
     """False skips the stage; the model of the stage before is passed on."""
@@ -83,11 +94,11 @@ class Identity(Options):
 class DataOptions(Options):
     """What the stage reads, and in which order."""
 
-    training_data: Any = None
+    training_data: Sets = None
     """A path, a hub id, `stage:NAME/DATASET`, `Data(...)`, a live `Dataset`, or a mapping name -> one of these."""
 
-    validation_data: Any = None
-    """As `training_data`; evaluated every `evaluation_steps`. TRL: `eval_dataset`."""
+    validation_data: OneSet = None
+    """One set, named as in `training_data`; evaluated every `evaluation_steps`. TRL: `eval_dataset`."""
 
     data_mixing_ratios: Mapping[str, PositiveFloat] | None = None
     """Name -> share of the mix, where `training_data` is a mapping. Exact, seeded counts; nothing is repeated, so the

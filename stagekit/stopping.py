@@ -26,7 +26,8 @@ class Stop:
 def stop_on_signals(stop: Stop) -> Iterator[None]:
     """While the block runs, SIGINT, SIGTERM and SIGHUP ask to stop; a second SIGINT raises KeyboardInterrupt.
 
-    In a thread other than the main one there are no signals to catch, and nothing is changed.
+    A signal that the process was started to ignore (`nohup`, a shell's background job) stays ignored. In a thread
+    other than the main one there are no signals to catch, and nothing is changed.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -37,7 +38,11 @@ def stop_on_signals(stop: Stop) -> Iterator[None]:
             raise KeyboardInterrupt
         stop.ask()
 
-    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    signals = [
+        number
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        if signal.getsignal(number) is not signal.SIG_IGN
+    ]
     before = {number: signal.signal(number, handle) for number in signals}
     try:
         yield

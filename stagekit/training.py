@@ -5,15 +5,15 @@ accelerate's global state and breaks a trainer that is alive (trap T11).
 """
 
 import importlib
+import json
 import logging
-import shutil
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from stagekit.custom import resolve
-from stagekit.errors import ConfigError, Interrupted, Problem, StageError
+from stagekit.errors import ConfigError, Problem, StageError
 from stagekit.files import whole_folder
 from stagekit.job import Job, Outcome
 
@@ -32,59 +32,89 @@ def train(job: Job) -> Outcome:
         StageError: the hand-over does not hold, no row is left to train on, or the result cannot be saved.
         Interrupted: the user asked to stop; a checkpoint is there.
     """
-    from stagekit.callbacks import last_checkpoint
+    from stagekit.callbacks import ended, last_checkpoint
 
     if job.stage.is_evaluation_only:
         return evaluate(job)
     resume = last_checkpoint(job.checkpoints)
-    trainer, callbacks = build(job, resume)
+    over = ended(resume) if resume is not None else None
+    trainer, callbacks = build(job, resume, over is not None)
     rows = len(trainer.train_dataset)
     dropped = _count_dropped(job, rows)
     if resume is None:
         _check_step0(job, trainer)
     else:
         job.show.line(f"  goes on at step {resume.name.rpartition('-')[2]}")
-    trained = trainer.train(resume_from_checkpoint=str(resume) if resume else None)
-    if callbacks["stop"].reason == "interrupted":
-        raise Interrupted(f"stage {job.stage.name!r} stopped at step {trainer.state.global_step}")
-    metrics = _final_metrics(trainer, trained.metrics)
-    reason = callbacks["stop"].reason or (callbacks["early"].reason if "early" in callbacks else "")
+    try:
+        if resume is not None and over is not None:
+            _take_over(trainer, resume)
+        else:
+            trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    except BaseException:
+        last_checkpoint(job.checkpoints)  # deletes one that was being written
+        raise
+    early = callbacks["early"].reason if "early" in callbacks else ""
+    reason = callbacks["stop"].reason or early or (over or "").removeprefix("completed")
+    metrics = _final_metrics(trainer)
     artifacts = _save(job, trainer)
-    steps = int(trainer.state.global_step)
     return Outcome(
         artifacts=artifacts,
         metrics=metrics,
-        steps=steps,
+        steps=int(trainer.state.global_step),
         samples_trained=rows,
         dropped=dropped,
         stopped=reason if reason == "max_duration" else "",
     )
 
 
+def _take_over(trainer: Any, checkpoint: Path) -> None:
+    """The state of a training that was over at its last checkpoint; to resume it would train on."""
+    from transformers import TrainerState
+
+    trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+    trainer._load_from_checkpoint(str(checkpoint))
+    totals = json.loads((checkpoint / "totals.json").read_text(encoding="utf-8"))
+    trainer._total_loss_scalar = totals["before"] + totals["window"]
+    best = trainer.state.best_global_step
+    if trainer.args.load_best_model_at_end and best:
+        trainer.state.best_model_checkpoint = str(checkpoint.with_name(f"checkpoint-{best}"))
+        trainer._load_best_model()
+
+
 def evaluate(job: Job) -> Outcome:
     """Measure the incoming model on the validation data; nothing is changed, nothing is passed on but the numbers."""
     trainer, _ = build(job, None)
+    dropped = _count_dropped(job, len(trainer.eval_dataset), training=False)
     found = trainer.evaluate()
-    return Outcome(metrics=_numbers(found), dropped=_count_dropped(job, len(trainer.eval_dataset), training=False))
+    return Outcome(metrics=_tracked(trainer, found), dropped=dropped)
 
 
-def build(job: Job, resume: Path | None) -> tuple[Any, dict[str, Any]]:
-    """The TRL trainer of the stage, with stagekit's hooks and callbacks; the callbacks by name."""
+def build(job: Job, resume: Path | None, over: bool = False) -> tuple[Any, dict[str, Any]]:
+    """The TRL trainer of the stage, with stagekit's hooks and callbacks; the callbacks by name.
+
+    Args:
+        resume: The checkpoint that training goes on from.
+        over: Whether training had ended there.
+    """
+    from transformers import set_seed
     from transformers.trainer_callback import PrinterCallback
 
     stage, method = job.stage, job.stage.method
     trainer_class, config_class = load(method.trainer_class), load(method.config_class)
     config = make_config(job, config_class)
-    callbacks = _callbacks(job, resume)
-    hooked = type(f"Staged{trainer_class.__name__}", (_hooked(), trainer_class), {"hooks": _hooks(job)})
+    tracked = _what_is_tracked(job)
+    callbacks = _callbacks(job, resume, over, tracked)
+    hooks = _hooks(job, tracked, callbacks["stop"])
+    hooked = type(f"Staged{trainer_class.__name__}", (_hooked(), trainer_class), {"hooks": hooks})
     arguments: dict[str, Any] = {}
     if stage.lora is not None and job.model is not None and job.model.adapter is None:
         from stagekit.models import lora_config
 
         lora = stage.lora
         arguments["peft_config"] = lora_config(lora.rank, lora.alpha, lora.dropout, lora.target_modules)
-    if stage.lora is not None and stage.lora.bits is not None and job.model is not None and job.model.adapter is None:
-        arguments["quantization_config"] = _quantization(job)
+        if lora.bits is not None:
+            arguments["quantization_config"] = _quantization(job)
+    set_seed(stage.random_seed)  # TRL makes a new adapter's weights before the Trainer seeds
     trainer = hooked(
         model=_model(job),
         args=config,
@@ -94,9 +124,11 @@ def build(job: Job, resume: Path | None) -> tuple[Any, dict[str, Any]]:
         callbacks=list(callbacks.values()),
         **arguments,
     )
+    callbacks["totals"].trainer = trainer
     trainer.remove_callback(PrinterCallback)
     _read_back(job, trainer.args)
     _quiet_dropouts(job, trainer)
+    _round_reference(trainer.model)
     return trainer, callbacks
 
 
@@ -153,6 +185,12 @@ def _model(job: Job) -> Any:
         return job.model.base
     from stagekit.models import load_policy
 
+    ignored = sorted(set(job.setting("model_init_kwargs") or {}) - {"dtype"})
+    if ignored:
+        raise StageError(
+            f"stage {job.stage.name!r}: trl.model_init_kwargs: {', '.join(ignored)} cannot be used where a stage "
+            "goes on with the adapter that came in; drop them, or give its lora another rank to start a new one"
+        )
     lora = job.stage.lora
     model = load_policy(
         job.model.adapter,
@@ -185,6 +223,7 @@ def _set_lora_dropout(model: Any, p: float) -> None:
     """An adapter that is trained on was saved with the dropout of the stage before; this stage's counts."""
     import torch
 
+    model.peft_config["default"].lora_dropout = p
     for module in model.modules():
         dropouts = getattr(module, "lora_dropout", None)
         if dropouts is not None and "default" in dropouts:
@@ -202,7 +241,29 @@ def _quiet_dropouts(job: Job, trainer: Any) -> None:
             module.p = 0.0
 
 
-def _hooks(job: Job) -> Any:
+def _round_reference(model: Any) -> None:
+    """Over a quantised base TRL trains the adapter in bfloat16 and leaves its frozen copy in float32; a reference that
+    is not rounded as the policy is differs from it before the first step."""
+    parameters = dict(model.named_parameters())
+    for name, parameter in parameters.items():
+        if ".ref." in name:
+            parameter.data = parameter.data.to(parameters[name.replace(".ref.", ".default.")].dtype)
+
+
+def _what_is_tracked(job: Job) -> Any:
+    from stagekit.hooks import Tracked
+
+    stage = job.stage
+    keys = {key: name for name, key in stage.method.metric_keys.items() if key}
+    if stage.method.perplexity:
+        keys["eval_perplexity"] = "perplexity"
+    known = {"loss", "perplexity", "accuracy"}
+    listed = "metrics_to_track" in stage.model_fields_set
+    names = frozenset(stage.metrics_to_track)
+    return Tracked(keys, names if listed else names & known & set(keys.values()), all_own=not listed)
+
+
+def _hooks(job: Job, tracked: Any, stop: Any) -> Any:
     from stagekit.hooks import Hooks
 
     stage = job.stage
@@ -214,29 +275,42 @@ def _hooks(job: Job) -> Any:
     function = stage.custom_evaluation_function
     return Hooks(
         hidden_logs=frozenset(hidden),
-        perplexity=stage.method.perplexity and "perplexity" in stage.metrics_to_track,
+        perplexity=stage.method.perplexity,
         evaluate=resolve(function) if function is not None else None,
         tags=("stagekit", *stage.tags),
+        tracked=tracked,
+        must_save=stop.leaves,
     )
 
 
-def _callbacks(job: Job, resume: Path | None) -> dict[str, Any]:
+def _callbacks(job: Job, resume: Path | None, over: bool, tracked: Any) -> dict[str, Any]:
+    """stagekit's callbacks, in the order in which they are called; the one that marks a checkpoint is the last."""
     from stagekit import callbacks
 
     stage = job.stage
     limit = stage.max_duration.total_seconds() if stage.max_duration is not None else None
     resumed_at = int(resume.name.rpartition("-")[2]) if resume else 0
+    stop = callbacks.StopAndSave(job.stop, job.started, limit)
     found: dict[str, Any] = {
-        "marker": callbacks.Marker(),
-        "metrics": callbacks.Metrics(job.folder / "metrics.jsonl", resumed_at),
+        "metrics": callbacks.Metrics(job.folder / "metrics.jsonl", resumed_at, over, tracked),
         "bar": callbacks.Bar(job.show, "training"),
-        "stop": callbacks.StopAndSave(job.stop, job.started, limit),
+        "stop": stop,
     }
     if stage.checkpoint_save_epochs > 0 and not stage.save_only_best:
         found["epochs"] = callbacks.SaveByEpoch(stage.checkpoint_save_epochs)
     measures = job.eval_dataset is not None and stage.evaluation_steps > 0
-    if stage.early_stopping is not None and measures:
-        found["early"] = callbacks.StopEarly(stage.early_stopping)
+    if stage.early_stopping is not None and measures and not stage.is_evaluation_only and stage.method.trains:
+        metric = stage.early_stopping.metric.removeprefix("eval_")
+        key = stage.method.metric_keys.get(metric) or f"eval_{metric}"
+        found["early"] = callbacks.StopEarly(stage.early_stopping, key, resume)
+
+    def why() -> str | None:
+        if stop.leaves():
+            return None
+        return stop.reason or (found["early"].reason if "early" in found else "") or "completed"
+
+    found["totals"] = callbacks.Totals(resume, why)
+    found["marker"] = callbacks.Marker(stop.leaves)
     return found
 
 
@@ -308,17 +382,25 @@ def _check_step0(job: Job, trainer: Any) -> None:
     logger.info("step 0 loss %.6f, expected %.6f", loss, expected)
 
 
-def _final_metrics(trainer: Any, train_metrics: Mapping[str, float]) -> dict[str, float]:
-    """Numbers of the training, and the last evaluation's."""
-    found = {name: float(value) for name, value in train_metrics.items() if isinstance(value, int | float)}
+def _final_metrics(trainer: Any) -> dict[str, float]:
+    """The mean loss over all steps, and of the last evaluation what is tracked."""
+    steps = max(int(trainer.state.global_step), 1)
+    found = {"train_loss": trainer._total_loss_scalar / steps}
     for entry in trainer.state.log_history:
-        found.update({name: float(value) for name, value in entry.items() if name.startswith("eval_")})
-    keep = ("train_loss", "train_runtime")
-    return {name: value for name, value in found.items() if name in keep or name.startswith("eval_")}
+        if "train_runtime" in entry:
+            found["train_runtime"] = float(entry["train_runtime"])
+        found.update(_tracked(trainer, entry))
+    return found
 
 
-def _numbers(found: Mapping[str, Any]) -> dict[str, float]:
-    return {name: float(value) for name, value in found.items() if isinstance(value, int | float)}
+def _tracked(trainer: Any, found: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers of an evaluation that `metrics_to_track` names."""
+    tracked = trainer.hooks.tracked
+    return {
+        name: float(value)
+        for name, value in found.items()
+        if name.startswith("eval_") and isinstance(value, int | float) and tracked.listed(name)
+    }
 
 
 def _save(job: Job, trainer: Any) -> dict[str, Any]:
@@ -333,7 +415,9 @@ def _save(job: Job, trainer: Any) -> dict[str, Any]:
         with whole_folder(target) as folder:
             trainer.save_model(str(folder))
             (folder / "training_args.bin").unlink(missing_ok=True)
-            shutil.rmtree(folder / "ref", ignore_errors=True)
+            job.checkpoints.mkdir(exist_ok=True)
+            trainer.create_model_card(model_name=job.stage.name)
+            (job.checkpoints / "README.md").replace(folder / "README.md")
     except Exception as error:
         if not _is_io(error):
             raise

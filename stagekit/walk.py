@@ -1,5 +1,6 @@
 """The walk over the stages of a run: what is done is kept, what changed is set aside, the rest is run."""
 
+import json
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -14,7 +15,7 @@ from stagekit.errors import ConfigError, Interrupted, Problem
 from stagekit.files import lock, make_folder, write_text
 from stagekit.pipeline import to_plain
 from stagekit.result import PipelineResult, StageResult
-from stagekit.runner import Task, _plain_yaml, stage_folder
+from stagekit.runner import DISABLED, Task, _plain_yaml, disabled, stage_folder
 from stagekit.show import Show, clock
 from stagekit.stopping import Stop, stop_on_signals
 
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
     from stagekit.pipeline import TrainingPipeline
     from stagekit.stage import TrainingStage
 
+
+_MODELS = ("policy", "adapter", "checkpoints", "base", "input")
+"""Folders of a stage that hold weights."""
 
 Execute = Callable[[Task, Stop, Show, IO[str]], StageResult]
 
@@ -56,10 +60,15 @@ def walk(
         _show_stages(pipeline, run, kept, show)
         execute: Execute = _in_child if isolate else _here
         last = names.index(until_stage) if until_stage is not None else len(names) - 1
+        again = set(names[names.index(from_stage) :]) if from_stage is not None else set()
         results: list[StageResult] = []
         for index, stage in enumerate(pipeline.stages[: last + 1]):
             task = Task(pipeline, index, run, known[stage.name], tuple(results))
-            results.append(_step(task, kept.get(stage.name), execute, stop, show, held))
+            if stage.name not in kept and again & _reads(pipeline, index, results):
+                again.add(stage.name)
+            results.append(_step(task, kept.get(stage.name), stage.name in again, execute, stop, show, held))
+            if stage.name not in kept:
+                again.add(stage.name)
             _delete_unwanted(pipeline, run, results)
     return PipelineResult(run, tuple(results))
 
@@ -111,7 +120,7 @@ def _refuse_live(pipeline: "TrainingPipeline") -> None:
 
 def _clear(run: Path) -> None:
     for path in run.iterdir():
-        if path.is_dir() and (path / "stage.yaml").exists() | (path / "result.json").exists():
+        if path.is_dir() and any((path / name).exists() for name in ("digest", "stage.yaml", "result.json")):
             shutil.rmtree(path)
 
 
@@ -124,25 +133,30 @@ def _kept(
     for index, stage in enumerate(pipeline.stages):
         forced = forced or stage.name == from_stage
         result = StageResult.read(stage_folder(run, index, stage.name) / "result.json", run)
-        if forced or not stage.enabled or result is None or not result.finished:
+        if forced or not stage.enabled or result is None or not result.finished or result.reason == DISABLED:
             continue
-        if result.digest is not None and result.digest == known[stage.name]:
-            kept[stage.name] = result
+        if result.digest is None or result.digest != known[stage.name]:
+            continue
+        before = pipeline.stages[index - 1] if index else None
+        if stage.run_condition is not None and before is not None and before.enabled and before.name not in kept:
+            continue  # the condition reads a result that will be a new one
+        kept[stage.name] = result
     changed = True
     while changed:
         changed = False
         for index, stage in enumerate(pipeline.stages):
             if stage.name in kept or not stage.enabled:
                 continue
-            for needed in _reads(pipeline, index):
+            for needed in _reads(pipeline, index, list(kept.values())):
                 if needed in kept and not _there(kept[needed]):
                     del kept[needed]
                     changed = True
     return kept
 
 
-def _reads(pipeline: "TrainingPipeline", index: int) -> set[str]:
-    """Names of the stages whose files the stage at `index` reads."""
+def _reads(pipeline: "TrainingPipeline", index: int, results: Sequence[StageResult] = ()) -> set[str]:
+    """Names of the stages whose files the stage at `index` reads, or may read: a stage with a condition can turn out
+    to have no model of its own, then that of the one before it is passed on."""
     stage = pipeline.stages[index]
     found = set()
     for _, value in [*models_of(stage), *data_of(stage)]:
@@ -150,9 +164,12 @@ def _reads(pipeline: "TrainingPipeline", index: int) -> set[str]:
         if isinstance(source, str) and source.startswith("stage:"):
             found.add(source.removeprefix("stage:").partition("/")[0])
     if stage.model is None:
+        ran = {result.name: result.status != "skipped" for result in results}
         for before in reversed(pipeline.stages[:index]):
-            if gives_policy(before):
-                found.add(before.name)
+            if not gives_policy(before) or not ran.get(before.name, True):
+                continue
+            found.add(before.name)
+            if before.run_condition is None or before.name in ran:
                 break
     return found
 
@@ -162,30 +179,41 @@ def _there(result: StageResult) -> bool:
     places = (
         [result.run / str(policy)] if policy is not None and str(policy).startswith(f"{result.index:02d}-") else []
     )
+    bases = [base for place in places if (base := _base_of(place)) is not None and base.is_relative_to(result.run)]
+    places += bases
     places += [result.run / str(path) for path in result.artifacts.get("datasets", {}).values()]
     return all(place.exists() for place in places)
 
 
+def _base_of(adapter: Path) -> Path | None:
+    """The folder of the model that an adapter was trained on; None where `adapter` is none, or its base no folder."""
+    config = adapter / "adapter_config.json"
+    if not config.is_file():
+        return None
+    base = Path(str(json.loads(config.read_text(encoding="utf-8")).get("base_model_name_or_path")))
+    return base if base.is_absolute() else None
+
+
 def _step(
-    task: Task, kept: StageResult | None, execute: Execute, stop: Stop, show: Show, held: IO[str]
+    task: Task, kept: StageResult | None, again: bool, execute: Execute, stop: Stop, show: Show, held: IO[str]
 ) -> StageResult:
-    """One stage: kept, skipped, or run."""
+    """One stage: kept, skipped, or run; `again`: from its start, since what it reads is new."""
     stage = task.stage
     title = f"[{task.index + 1}/{len(task.pipeline.stages)}] {stage.name}"
     if not stage.enabled:
         show.line(f"{title}: skipped (enabled: false)")
-        result = StageResult(
-            stage.name, task.index + 1, stage.method.type, "skipped", "enabled: false", task.digest, run=task.run
-        )
-        task.folder.mkdir(exist_ok=True)
-        result.write(task.folder / "result.json")
+        result = disabled(stage, task.index, task.run, task.digest)
+        before = StageResult.read(task.folder / "result.json", task.run)
+        if before is None or not before.finished:
+            task.folder.mkdir(exist_ok=True)
+            result.write(task.folder / "result.json")
         return result
     if kept is not None:
         show.line(f"{title}: done before, kept ({clock(kept.duration_seconds)})")
         return kept
     if stop():
         raise Interrupted(_how_to_go_on(task))
-    _set_aside(task, show)
+    _set_aside(task, again, show)
     show.line()
     show.line(
         f"{title} · {stage.method.type}" + (f" · {stage.description}" if stage.description else ""), style="bold"
@@ -208,15 +236,16 @@ def _how_to_go_on(task: Task) -> str:
     return f"stopped in stage {task.stage.name!r}; what is done is in {task.run}. Run the same command again to go on"
 
 
-def _set_aside(task: Task, show: Show) -> None:
-    """A finished or begun result of other settings is moved out of the way, not mixed with the new one."""
+def _set_aside(task: Task, again: bool, show: Show) -> None:
+    """A finished or begun result of other settings is moved out of the way, not mixed with the new one. One of the
+    same settings is gone on with, unless it is done or what it reads is new: then only its texts stay."""
     before = StageResult.read(task.folder / "result.json", task.run)
     known = _declared_digest(task)
     if known is None or known == task.digest:
-        if before is not None:
-            (task.folder / "result.json").unlink()
-            if before.finished:
-                shutil.rmtree(task.folder / "checkpoints", ignore_errors=True)
+        (task.folder / "result.json").unlink(missing_ok=True)
+        if again or (before is not None and before.finished):
+            for name in _MODELS:
+                shutil.rmtree(task.folder / name, ignore_errors=True)
     else:
         target = task.run / "replaced" / f"{task.folder.name}-{known[:12]}"
         target.parent.mkdir(exist_ok=True)
@@ -241,17 +270,28 @@ def _declared_digest(task: Task) -> str | None:
 
 
 def _delete_unwanted(pipeline: "TrainingPipeline", run: Path, results: Sequence[StageResult]) -> None:
-    """`save_checkpoint_after: false`: the model goes once the next stage has completed."""
+    """`save_checkpoint_after: false`: the model goes once the next stage has completed, and no later one and no
+    adapter that stays is made on it."""
     if not results[-1].finished:
         return
+    unwanted = []
     for index, stage in enumerate(pipeline.stages[: len(results) - 1]):
-        if stage.save_checkpoint_after:
-            continue
-        if any(stage.name in _reads(pipeline, later) for later in range(len(results), len(pipeline.stages))):
-            continue
-        folder = stage_folder(run, index, stage.name)
-        for name in ("policy", "adapter", "checkpoints", "base", "input"):
-            shutil.rmtree(folder / name, ignore_errors=True)
+        later = range(len(results), len(pipeline.stages))
+        if not stage.save_checkpoint_after and not any(
+            stage.name in _reads(pipeline, place, results) for place in later
+        ):
+            unwanted.append(stage_folder(run, index, stage.name))
+    stay = [
+        folder / name
+        for result in results
+        if (folder := stage_folder(run, result.index - 1, result.name)) not in unwanted
+        for name in ("policy", "adapter")
+    ]
+    bases = {_base_of(adapter) for adapter in stay}
+    for folder in unwanted:
+        for name in _MODELS:
+            if folder / name not in bases:
+                shutil.rmtree(folder / name, ignore_errors=True)
 
 
 def _show_stages(pipeline: "TrainingPipeline", run: Path, kept: dict[str, StageResult], show: Show) -> None:

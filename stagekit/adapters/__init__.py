@@ -1,5 +1,6 @@
 """The stage types: one file each, and their union. A new type is one file here and one name below."""
 
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field
@@ -25,7 +26,7 @@ from stagekit.adapters.unbuilt import (
     SelfPlay,
     SimPO,
 )
-from stagekit.options import nearest
+from stagekit.options import nearest, shown
 
 
 AnyMethod = (
@@ -33,19 +34,34 @@ AnyMethod = (
     | RejectionSampling | SelfPlay | Distillation | Evaluation | Custom
 )  # fmt: skip
 
+PLANNED = ("online_dpo", "ai_feedback", "self_rewarding", "synthetic_data", "merge")
+"""Stage types that have a name and nothing else yet."""
+
 METHODS: dict[str, type[Method]] = {cls.model_fields["type"].default: cls for cls in AnyMethod.__args__}
 """Every stage type by its name."""
+
+BUILT = tuple(name for name, cls in METHODS.items() if cls.missing is None)
+"""Those that run."""
 
 
 def _by_name(value: Any) -> Any:
     """`method: dpo` is `method: {type: dpo}`; an unknown type is told with the nearest one."""
     given = {"type": value} if isinstance(value, str) else value
-    if isinstance(given, dict):
+    if not isinstance(given, Mapping | Method):
+        text = f"a method is a stage type's name or a mapping with type, not {shown(value)}"
+        raise PydanticCustomError("stagekit", "{text}", {"text": text})
+    if isinstance(given, Mapping):
         tag = given.get("type")
+        if isinstance(tag, str) and tag in PLANNED:
+            text = f"{tag!r} is planned, but not built yet; built are {', '.join(BUILT)}"
+            raise PydanticCustomError("stagekit", "{text}", {"text": text})
+        if tag is None:
+            text = f"a method says its type: {{type: dpo, ...}}; known are {', '.join(METHODS)}"
+            raise PydanticCustomError("stagekit", "{text}", {"text": text})
         if not isinstance(tag, str) or tag not in METHODS:
             close = nearest(tag, METHODS) if isinstance(tag, str) else None
             hint = f"did you mean {close!r}?" if close else f"known are {', '.join(METHODS)}"
-            raise PydanticCustomError("stagekit", "{text}", {"text": f"unknown stage type {tag!r}; {hint}"})
+            raise PydanticCustomError("stagekit", "{text}", {"text": f"unknown stage type {shown(tag)}; {hint}"})
     return given
 
 

@@ -58,6 +58,8 @@ class Method(Tagged):
     """Whether the evaluation loss is a mean negative log-likelihood, so that its exponential means something."""
     trains: ClassVar[bool] = True
     """False for types whose policy is the one that came in."""
+    reads: ClassVar[frozenset[str]] = frozenset()
+    """Options that change the type's result although they change no other's (`metadata`)."""
     needs_data: ClassVar[bool] = True
     """Whether a stage of this type cannot do without `training_data`."""
 

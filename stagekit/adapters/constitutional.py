@@ -1,10 +1,13 @@
 """Constitutional AI, the supervised half: answer, critique, revise, then fine-tune on the revisions."""
 
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+from pydantic import Discriminator, Tag
 
 from stagekit.adapters.base import Method
 from stagekit.errors import Problem
+from stagekit.groups import Model
 from stagekit.options import Options, Positive
 
 
@@ -26,17 +29,27 @@ class PrinciplePair(Options):
     """The user turn that asks for the revision."""
 
 
+def _principle_kind(value: Any) -> str:
+    return "text" if isinstance(value, str) else "pair"
+
+
+Principle = Annotated[
+    Annotated[str, Tag("text")] | Annotated[PrinciplePair, Tag("pair")], Discriminator(_principle_kind)
+]
+"""A principle as a sentence or as the two requests that apply it."""
+
+
 class Constitutional(Method):
     """Constitutional AI: the model criticises and revises its own answers, and learns the revisions."""
 
     type: Literal["constitutional"] = "constitutional"
     """The stage type."""
 
-    principles: tuple[str | PrinciplePair, ...] | None = None
+    principles: tuple[Principle, ...] | None = None
     """What answers are held against: sentences, or pairs of requests. None = stagekit's own set for helpful, harmless
     and honest answers (`stagekit/principles.json`)."""
 
-    critique_model: Any = None
+    critique_model: Model = None
     """Who writes the critiques: a model (path, hub id, package:, stage:). None = the model being trained. The answers
     and the revisions are always the trained model's."""
 

@@ -37,6 +37,7 @@ class Custom(Method):
     }  # fmt: skip
     trains: ClassVar = False
     needs_data: ClassVar = False
+    reads: ClassVar = frozenset({"metadata"})
 
     def run(self, job: "Job") -> "Outcome":
         """Call the function."""

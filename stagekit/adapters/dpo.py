@@ -16,6 +16,15 @@ if TYPE_CHECKING:
 DPOLoss = Literal["sigmoid", "hinge", "ipo", "robust", "conservative", "exo", "nca", "apo", "sppo", "aot", "discopop"]
 
 
+_OWNED = {
+    "loss_type": "method.loss",
+    "loss_weights": "method.loss",
+    "precompute_ref_log_probs": "reference.mode",
+    "sync_ref_model": "reference.update_every",
+}
+"""Arguments that change what stagekit must know of the loss and the reference."""
+
+
 class DPO(Method):
     """Direct preference optimisation: prefer `chosen` to `rejected`, measured against a reference model."""
 
@@ -67,6 +76,9 @@ class DPO(Method):
             )
         if self.margin > 0 and self.loss != "hinge":
             yield Problem("method.margin", f"{self.margin} has no effect on the loss {self.loss!r}; use loss: hinge")
+        for key, owner in _OWNED.items():
+            if key in stage.trl:
+                yield Problem(f"trl.{key}", f"belongs to {owner}")
         if stage.reference is not None and stage.reference.mode == "copy" and stage.lora is not None:
             yield Problem(
                 "reference.mode",

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 from stagekit.adapters.base import Method
+from stagekit.groups import Model
 from stagekit.options import Count, Fraction, NonNegativeFloat, Positive, PositiveFloat
 
 
@@ -206,7 +207,7 @@ class Distillation(Method):
 
     type: Literal["distillation"] = "distillation"
     """The stage type."""
-    teacher: Any = None
+    teacher: Model = None
     """The larger model to learn from."""
     temperature: PositiveFloat = 2.0
     """Softens both distributions; the soft term is scaled by its square."""
