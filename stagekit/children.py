@@ -27,23 +27,11 @@ def run_in_child(task: Task, stop: Stop, held: IO[str]) -> StageResult:
         StageError, ConfigError, Interrupted: as the stage itself would, or when the child died.
     """
     command = [sys.executable, "-m", "stagekit.child", str(task.run), str(task.index), task.digest or "-"]
-    environment = {"TQDM_DISABLE": "1", **os.environ}
+    environment = {"TQDM_DISABLE": "1", "PYTHONUNBUFFERED": "1", **os.environ}
     child = subprocess.Popen(
         command, stdin=subprocess.PIPE, pass_fds=(held.fileno(),), start_new_session=True, env=environment
     )
-    told = False
-    while True:
-        try:
-            code = child.wait(timeout=0.2)
-            break
-        except subprocess.TimeoutExpired:
-            if stop() and not told:
-                child.send_signal(signal.SIGTERM)
-                told = True
-        except KeyboardInterrupt:
-            child.kill()
-            child.wait()
-            raise
+    code = _waited(child, stop)
     result = StageResult.read(task.folder / "result.json", task.run)
     reason = result.reason if result is not None else ""
     if code == EXIT["completed"] and result is not None:
@@ -61,6 +49,26 @@ def run_in_child(task: Task, stop: Stop, held: IO[str]) -> StageResult:
         )
         failed.write(task.folder / "result.json")
     raise StageError(message)
+
+
+def _waited(child: "subprocess.Popen[bytes]", stop: Stop) -> int:
+    """The child's exit code; asked to stop once, when the user asks, and killed when the user insists."""
+    told = False
+    try:
+        while True:
+            try:
+                return child.wait(timeout=0.2)
+            except subprocess.TimeoutExpired:
+                if stop() and not told:
+                    child.send_signal(signal.SIGTERM)
+                    told = True
+    except KeyboardInterrupt:
+        child.kill()
+        child.wait()
+        raise
+    finally:
+        assert child.stdin is not None
+        child.stdin.close()
 
 
 def _death(code: int) -> str:

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from stagekit.errors import StageError
+from stagekit.errors import Interrupted, StageError
 from stagekit.groups import Generation
 from stagekit.job import Job
 from stagekit.options import function_name
@@ -125,7 +125,7 @@ def _generator(job: Job, model: str | None, generation: Generation) -> Generator
     )
     tokenizer = load_tokenizer(model, job.chat_template)
     fingerprint = f"{model_fingerprint(model)} {loaded.dtype} {lora.bits if lora else None} {sampling}"
-    return TransformersGenerator(loaded, tokenizer, sampling, fingerprint)
+    return TransformersGenerator(loaded, tokenizer, sampling, fingerprint, on_token=_heartbeat(job))
 
 
 def _critic(job: Job, method: "Constitutional", generation: Generation) -> Generator | None:
@@ -172,6 +172,20 @@ def _progress(job: Job, rounds: int) -> Any:
         bars[title].update(done.batch, f", {rate:.0f} tokens/s")
 
     return show
+
+
+def _heartbeat(job: Job) -> Any:
+    """Between two batches minutes can pass: show how far the one under way is, and leave it when asked to stop."""
+    bars: dict[str, Any] = {}
+
+    def beat(rows: int, tokens: int, most: int) -> None:
+        if job.stop():
+            raise Interrupted(f"stage {job.stage.name!r} stopped while it was writing a batch of {rows} texts")
+        if tokens == 1 or "bar" not in bars:
+            bars["bar"] = job.show.progress(f"writing {rows} texts", most, "token", "tokens", passing=True)
+        bars["bar"].update(tokens)
+
+    return beat
 
 
 def _said(dropped: Mapping[str, int]) -> str:

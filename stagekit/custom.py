@@ -56,9 +56,26 @@ def call(job: Job, function: str | Callable[..., Any]) -> Outcome:
         )
     artifacts: dict[str, Any] = {}
     if returned.get("policy") is not None:
-        artifacts["policy"] = str(returned["policy"])
+        artifacts["policy"] = _place(job, "policy", returned["policy"])
     if returned.get("datasets"):
-        artifacts["datasets"] = {name: str(Path(path)) for name, path in returned["datasets"].items()}
+        artifacts["datasets"] = {
+            name: _place(job, f"dataset {name!r} at", path) for name, path in returned["datasets"].items()
+        }
     rows = len(job.train_dataset) if job.train_dataset is not None else 0
     metrics = {name: float(value) for name, value in (returned.get("metrics") or {}).items()}
     return Outcome(artifacts=artifacts, metrics=metrics, samples_trained=rows)
+
+
+def _place(job: Job, what: str, given: str | Path) -> str:
+    """What the function made, as the result names it: relative to the run folder where it is inside, else absolute.
+
+    Raises:
+        StageError: it is not there. A name without a place on disk can only be a hub id, and only for a model.
+    """
+    path = Path(given).expanduser()
+    if not path.exists():
+        if what == "policy" and isinstance(given, str) and not path.is_absolute() and given.count("/") <= 1:
+            return given
+        raise StageError(f"stage {job.stage.name!r}: its function returned {what} {given}, which is not there")
+    run, absolute = job.folder.parent.resolve(), path.resolve()
+    return str(absolute.relative_to(run)) if absolute.is_relative_to(run) else str(path.absolute())

@@ -72,10 +72,16 @@ def _sync(path: Path) -> None:
 def cannot_write(path: Path, error: BaseException) -> str:
     """What to say of a failed write, with the way out."""
     text = str(getattr(error, "strerror", None) or error)
-    code = getattr(error, "errno", None)
-    if code in FULL or "File too large" in text or "No space left" in text:
+    if is_full(error):
         return f"{path}: cannot be written: {text}; make room (or raise the limit) and run the same command again"
     return f"{path}: cannot be written: {text}"
+
+
+def is_full(error: BaseException) -> bool:
+    """Whether a write failed for want of room; safetensors and torch.save say so only in their text."""
+    text = str(error)
+    said = ("File too large", "No space left", "Disk quota", "inline_container.cc", "PytorchStreamWriter")
+    return getattr(error, "errno", None) in FULL or any(word in text for word in said)
 
 
 def make_folder(path: Path) -> None:

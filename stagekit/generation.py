@@ -1,12 +1,12 @@
 """Text generation with a transformers model, in left-padded batches, leaving no trace on the model or on the RNG."""
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
-from transformers import GenerationConfig
+from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from stagekit.errors import ConfigError
 from stagekit.requests import Completion, FinishReason, Message, Request, Sampling
@@ -29,8 +29,13 @@ class TransformersGenerator:
         sampling: Sampling,
         fingerprint: str,
         autocast_dtype: torch.dtype | None = None,
+        on_token: Callable[[int, int, int], None] | None = None,
     ) -> None:
-        """Take a model in memory with its tokenizer; `fingerprint` must name both and the sampling."""
+        """Take a model in memory with its tokenizer; `fingerprint` must name both and the sampling.
+
+        `on_token(rows, tokens, most)` is called after every token of a batch: how many rows the batch has, how many
+        tokens each has got, and how many it gets at most. What it raises ends the batch.
+        """
         if not tokenizer.chat_template:
             raise ConfigError(
                 "the tokenizer has no chat template, so prompts cannot be laid out as conversations. Use an instruct "
@@ -41,6 +46,7 @@ class TransformersGenerator:
         self.sampling = sampling
         self.fingerprint = fingerprint
         self.autocast_dtype = autocast_dtype
+        self.on_token = on_token
         self.context_length: int | None = getattr(model.config, "max_position_embeddings", None)
 
     def prompt_length(self, messages: Sequence[Message]) -> int:
@@ -67,13 +73,23 @@ class TransformersGenerator:
         device = next(self.model.parameters()).device
         with torch.no_grad(), _seeded(seed), self._autocast(device), generating(self.model, config):
             output = self.model.generate(
-                input_ids=input_ids.to(device), attention_mask=mask.to(device), generation_config=config
+                input_ids=input_ids.to(device),
+                attention_mask=mask.to(device),
+                generation_config=config,
+                stopping_criteria=self._heartbeat(width, config.max_new_tokens),
             )
         rows = output[:, width:].tolist()
         return [
             self._completion(row[: request.max_new_tokens], eos, len(ids))
             for row, request, ids in zip(rows, requests, prompts, strict=True)
         ]
+
+    def _heartbeat(self, prompt_width: int, most: int) -> StoppingCriteriaList:
+        """Criteria that never stop, but tell how far the batch is."""
+        beats = StoppingCriteriaList()
+        if self.on_token is not None:
+            beats.append(_Heartbeat(self.on_token, prompt_width, most))
+        return beats
 
     def _completion(self, ids: list[int], eos: set[int], prompt_tokens: int) -> Completion:
         end = next((position for position, token in enumerate(ids) if token in eos), None)
@@ -110,6 +126,18 @@ class TransformersGenerator:
         if self.autocast_dtype is None:
             return nullcontext()
         return torch.autocast(device.type, dtype=self.autocast_dtype)
+
+
+class _Heartbeat(StoppingCriteria):  # type: ignore[misc]
+    """Called by transformers after every token."""
+
+    def __init__(self, on_token: Callable[[int, int, int], None], prompt_width: int, most: int) -> None:
+        self._on_token, self._prompt_width, self._most = on_token, prompt_width, most
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        rows, length = input_ids.shape
+        self._on_token(rows, length - self._prompt_width, self._most)
+        return torch.zeros(rows, dtype=torch.bool, device=input_ids.device)
 
 
 @contextmanager

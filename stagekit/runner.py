@@ -3,11 +3,7 @@
 import contextlib
 import dataclasses
 import json
-import logging
-import os
-import random
 import resource
-import shutil
 import sys
 import time
 import traceback
@@ -18,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 from stagekit.arguments import settings_of
 from stagekit.checks import as_data, slug
 from stagekit.custom import resolve
+from stagekit.environment import stage_environment
 from stagekit.errors import ConfigError, Interrupted, StageError
-from stagekit.files import cannot_write, write_text
+from stagekit.files import cannot_write, is_full, write_text
 from stagekit.job import Job, ModelInput, Outcome
 from stagekit.ledger import ledger
 from stagekit.options import _plain
@@ -116,7 +113,7 @@ def _saying_why(task: Task) -> Iterator[None]:
         if "out of memory" in str(error).lower():
             way = "lower batch_size, raise gradient_accumulation_steps, or set use_gradient_checkpointing: true"
             raise StageError(f"stage {name!r}: out of memory; {way}") from error
-        if "File too large" in str(error) or "No space left" in str(error):
+        if is_full(error):
             raise StageError(f"stage {name!r}: {cannot_write(task.folder, error)}") from error
         raise StageError(f"stage {name!r}: {type(error).__name__}: {error}") from error
 
@@ -310,6 +307,16 @@ def _load(task: Task, value: Any, option: str) -> Any:
     )
 
 
+def _as_conversations(dataset: Any) -> Any:
+    """Prompts that are texts as conversations, so that they can be mixed with those that are."""
+    from datasets import Dataset
+
+    from stagekit.data import as_messages
+
+    rows = ([dict(message) for message in as_messages(prompt, row)] for row, prompt in enumerate(dataset["prompt"]))
+    return Dataset.from_dict({"prompt": list(rows)})
+
+
 def _mixed(task: Task) -> Any:
     """Several sets by their shares; each reduced to the columns that the type reads, so that they fit together."""
     from stagekit.data import check_columns, mix
@@ -324,7 +331,7 @@ def _mixed(task: Task) -> Any:
             check_columns(loaded, stage.method.columns, f"{stage.path}.training_data.{name}")
             wanted = next(columns for columns in stage.method.columns if set(columns) <= set(loaded.column_names))
             loaded = loaded.select_columns(list(wanted))
-        sets[name] = loaded
+        sets[name] = _as_conversations(loaded) if stage.method.columns == (("prompt",),) else loaded
     where = f"{stage.path}.data_mixing_ratios"
     return mix(
         sets,
@@ -413,85 +420,3 @@ def _peak_memory() -> int:
     if torch is not None and torch.cuda.is_available():
         return int(torch.cuda.max_memory_allocated())
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-@contextlib.contextmanager
-def stage_environment() -> Iterator[None]:
-    """Undo what a stage changes for the whole process: environment variables, switches of torch and of the Hugging
-    Face packages, random states (trap T10). Derived data goes to a temporary folder, not beside the data."""
-    import warnings
-
-    import datasets
-    from transformers.utils import logging as transformers_logging
-
-    before, flags, randomness = dict(os.environ), _torch_flags(), _random_states()
-    bars = transformers_logging.is_progress_bar_enabled(), datasets.are_progress_bars_disabled()
-    verbosity, caching = transformers_logging.get_verbosity(), datasets.is_caching_enabled()
-    quantiser = logging.getLogger("bitsandbytes")
-    level = quantiser.level
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    os.environ["TQDM_DISABLE"] = "1"  # TRL shows a bar for the reference's log-probabilities
-    quantiser.setLevel(logging.ERROR)
-    transformers_logging.disable_progress_bar()
-    datasets.disable_progress_bars()
-    datasets.disable_caching()
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|trl|peft|accelerate)\b")
-            yield
-    finally:
-        if bars[0]:
-            transformers_logging.enable_progress_bar()
-        if not bars[1]:
-            datasets.enable_progress_bars()
-        if caching:
-            datasets.enable_caching()
-        transformers_logging.set_verbosity(verbosity)
-        quantiser.setLevel(level)
-        for name in set(os.environ) - set(before):
-            del os.environ[name]
-        os.environ.update(before)
-        _restore_torch_flags(flags)
-        _restore_random_states(randomness)
-
-
-def _random_states() -> tuple[Any, Any, Any]:
-    import numpy
-    import torch
-
-    return random.getstate(), numpy.random.get_state(), torch.random.get_rng_state()
-
-
-def _restore_random_states(states: tuple[Any, Any, Any]) -> None:
-    import numpy
-    import torch
-
-    random.setstate(states[0])
-    numpy.random.set_state(states[1])
-    torch.random.set_rng_state(states[2])
-
-
-def _torch_flags() -> dict[str, Any]:
-    import torch
-
-    return {
-        "deterministic": torch.are_deterministic_algorithms_enabled(),
-        "warn_only": torch.is_deterministic_algorithms_warn_only_enabled(),
-        "cudnn.deterministic": torch.backends.cudnn.deterministic,
-        "cudnn.benchmark": torch.backends.cudnn.benchmark,
-        "precision": torch.get_float32_matmul_precision(),
-    }
-
-
-def _restore_torch_flags(flags: Mapping[str, Any]) -> None:
-    import torch
-
-    torch.use_deterministic_algorithms(flags["deterministic"], warn_only=flags["warn_only"])
-    torch.backends.cudnn.deterministic = flags["cudnn.deterministic"]
-    torch.backends.cudnn.benchmark = flags["cudnn.benchmark"]
-    torch.set_float32_matmul_precision(flags["precision"])
-
-
-def clear(folder: Path) -> None:
-    """Delete a stage's folder."""
-    shutil.rmtree(folder, ignore_errors=False) if folder.exists() else None

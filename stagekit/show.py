@@ -45,15 +45,17 @@ class Show:
             short = short if len(short) <= limit else f"{short[:limit]} ..."
             self._console.print(f"  [cyan]{escape(name)}[/cyan]  {escape(short)}")
 
-    def progress(self, what: str, total: int, unit: str, units: str) -> "Progress":
-        """A progress display for `total` things; `unit` and `units` are their singular and plural."""
-        return Progress(self, what, total, unit, units)
+    def progress(self, what: str, total: int, unit: str, units: str, passing: bool = False) -> "Progress":
+        """A progress display for `total` things; `unit` and `units` are their singular and plural. What is `passing`
+        leaves no line behind on a terminal."""
+        return Progress(self, what, total, unit, units, passing)
 
 
 class Progress:
     """Done of total, rate, time left. One line that is rewritten on a terminal; a line now and then elsewhere."""
 
-    def __init__(self, show: Show, what: str, total: int, unit: str, units: str) -> None:
+    def __init__(self, show: Show, what: str, total: int, unit: str, units: str, passing: bool = False) -> None:
+        self._passing = passing
         self._show, self._what, self._total, self._unit, self._units = show, what, total, unit, units
         self._started = self._printed = time.monotonic()
         self._first: int | None = None
@@ -68,13 +70,13 @@ class Progress:
         if self._show.quiet:
             return
         finished = done >= self._total
-        if not finished and now - self._printed < (0.5 if self._live else 20.0):
+        if (not finished or self._passing) and now - self._printed < (0.5 if self._live else 20.0):
             return
         self._printed = now
         text = f"  {self._bar(done)} {self._what} {done}/{self._total} {self._units}{self._pace(done, now)}{extra}"
         if self._live:
             width = max(20, self._show._console.width - 1)
-            sys.stdout.write(f"\r{text[:width]:<{width}}" + ("\n" if finished else ""))
+            sys.stdout.write(f"\r{text[:width]:<{width}}" + ("\n" if finished and not self._passing else ""))
             sys.stdout.flush()
         else:
             self._show.line(text)

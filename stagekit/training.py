@@ -96,7 +96,6 @@ def build(job: Job, resume: Path | None, over: bool = False) -> tuple[Any, dict[
         resume: The checkpoint that training goes on from.
         over: Whether training had ended there.
     """
-    from transformers import set_seed
     from transformers.trainer_callback import PrinterCallback
 
     stage, method = job.stage, job.stage.method
@@ -114,7 +113,6 @@ def build(job: Job, resume: Path | None, over: bool = False) -> tuple[Any, dict[
         arguments["peft_config"] = lora_config(lora.rank, lora.alpha, lora.dropout, lora.target_modules)
         if lora.bits is not None:
             arguments["quantization_config"] = _quantization(job)
-    set_seed(stage.random_seed)  # TRL makes a new adapter's weights before the Trainer seeds
     trainer = hooked(
         model=_model(job),
         args=config,
@@ -405,7 +403,7 @@ def _tracked(trainer: Any, found: Mapping[str, Any]) -> dict[str, float]:
 
 def _save(job: Job, trainer: Any) -> dict[str, Any]:
     """Save the policy, whole or not at all: full weights, or the adapter, merged where the stage says so."""
-    from stagekit.files import cannot_write
+    from stagekit.files import cannot_write, is_full
 
     lora = job.stage.lora
     target = job.folder / ("adapter" if lora is not None and lora.merge else "policy")
@@ -419,7 +417,7 @@ def _save(job: Job, trainer: Any) -> dict[str, Any]:
             trainer.create_model_card(model_name=job.stage.name)
             (job.checkpoints / "README.md").replace(folder / "README.md")
     except Exception as error:
-        if not _is_io(error):
+        if not isinstance(error, OSError) and not is_full(error):
             raise
         raise StageError(f"stage {job.stage.name!r}: {cannot_write(target, error)}") from error
     artifacts: dict[str, Any] = {"policy": f"{job.folder.name}/policy"}
@@ -444,7 +442,3 @@ def _merge(job: Job, trainer: Any, adapter: Path) -> None:
     dtype = getattr(torch, str(_init_kwargs(job.setting("model_init_kwargs")).get("dtype", "float32")))
     found = merge_adapter(adapter, job.folder / "policy", dtype)
     logger.info("merged: logits differ by %.2e", found["merge_difference"])
-
-
-def _is_io(error: Exception) -> bool:
-    return isinstance(error, OSError) or type(error).__name__ == "SafetensorError" or "File too large" in str(error)

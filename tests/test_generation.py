@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from stagekit.errors import ConfigError
+from stagekit.errors import ConfigError, Interrupted
 from stagekit.generation import TransformersGenerator, tokenizer_fingerprint, weights_fingerprint
 from stagekit.requests import Completion, Generator, Message, Request, Sampling, ScriptedGenerator, plan_batches
 
@@ -250,3 +250,30 @@ def test_a_scripted_generator_answers_by_its_function_and_keeps_the_calls() -> N
     assert first == Completion("one two", (0, 1), "stop", 2)
     assert second is given
     assert generator.calls == [[say("a"), say("b")]]
+
+
+def test_every_token_of_a_batch_is_told(tiny_model: Any, tiny_tokenizer: Any) -> None:
+    told: list[tuple[int, int, int]] = []
+    generator = TransformersGenerator(
+        tiny_model, tiny_tokenizer, Sampling(temperature=0.0), "f", on_token=lambda *beat: told.append(beat)
+    )
+    requests = [Request(str(n), ({"role": "user", "content": f"Say {n}"},), 6) for n in range(3)]
+    longest = max(len(completion.token_ids) for completion in generator.generate(requests, seed=0))
+    assert told[0] == (3, 1, 6)
+    assert [tokens for _, tokens, _ in told] == list(range(1, len(told) + 1))
+    assert longest <= len(told) <= 6
+
+
+def test_what_the_teller_raises_ends_the_batch_and_the_model_is_as_before(
+    tiny_model: Any, tiny_tokenizer: Any
+) -> None:
+    def leave(rows: int, tokens: int, most: int) -> None:
+        raise Interrupted("enough")
+
+    tiny_model.train()
+    before = tiny_model.generation_config
+    generator = TransformersGenerator(tiny_model, tiny_tokenizer, Sampling(), "f", on_token=leave)
+    with pytest.raises(Interrupted):
+        generator.generate([Request("a", ({"role": "user", "content": "Say"},), 4)], seed=0)
+    assert tiny_model.training
+    assert tiny_model.generation_config is before

