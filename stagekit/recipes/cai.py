@@ -52,10 +52,10 @@ def pipeline(
         method=Constitutional(rounds=2, unrevised=("harmless",), max_critique_tokens=96),
         training_data={"red-team": prompts, "harmless": harmless},
         data_mixing_ratios={"red-team": 0.5, "harmless": 0.5},
-        generation=Generation(max_new_tokens=320, temperature=0.7),
+        generation=Generation(max_new_tokens=256, temperature=0.7),
         lora=LoRA(rank=16, alpha=32, dropout=0.05),
         logging_steps=2,
-        trl={"max_length": 768},
+        trl={"max_length": 512},
         **({"max_training_samples": max_prompts} if max_prompts is not None else {}),
         **shared,
     )
@@ -66,7 +66,7 @@ def pipeline(
         training_data="stage:sl-cai/preferences",
         lora=LoRA(rank=16, alpha=32, dropout=0.05, merge=True),
         logging_steps=2,
-        trl={"max_length": 768},
+        trl={"max_length": 512},
         **shared,
     )
     return TrainingPipeline(name="cai", model=model, output_dir=Path(output_dir), stages=(sl, rl))
