@@ -27,3 +27,4 @@ check: setup
 
 docs: setup
 	$(RUN) -m stagekit.parity
+	$(RUN) -m stagekit.pages

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from stagekit.adapters.base import Setting
 from stagekit.ledger import not_applicable
+from stagekit.optimizers import arguments_of_optimizer
+from stagekit.schedules import KINDS, plateau_kwargs
 
 
 if TYPE_CHECKING:
@@ -42,18 +44,7 @@ _DIRECT = {
 }
 """Stage option -> the argument that carries its value unchanged."""
 
-_ADAM = {"adam_beta1": "adam_beta1", "adam_beta2": "adam_beta2", "adam_epsilon": "adam_epsilon"}
-
-_OPTIMIZERS = {
-    "adamw": ("adamw_torch_fused", None),
-    "sgd": ("sgd", None),
-    "momentum": ("sgd", "momentum=0.9"),
-    "nesterov": ("sgd", "momentum=0.9,nesterov=true"),
-    "adagrad": ("adagrad", None),
-    "rmsprop": ("rmsprop", None),
-    "adafactor": ("adafactor", None),
-}
-"""`optimizer_override` -> TRL's `optim` and `optim_args`."""
+_ADAM = ("adam_beta1", "adam_beta2", "adam_epsilon")
 
 
 def settings_of(stage: "TrainingStage") -> tuple[Setting, ...]:
@@ -107,6 +98,8 @@ def _precision(stage: "TrainingStage") -> Iterable[Setting]:
     chosen = stage.mixed_precision_dtype if stage.use_mixed_precision else "none"
     yield Setting("bf16", chosen == "bf16", source)
     yield Setting("fp16", chosen == "fp16", source)
+    if chosen == "tf32":
+        yield Setting("tf32", True, source)
 
 
 def _order(stage: "TrainingStage") -> Iterable[Setting]:
@@ -116,43 +109,72 @@ def _order(stage: "TrainingStage") -> Iterable[Setting]:
         yield Setting("data_seed", stage.data_shuffle_seed, _source(stage, "data_shuffle_seed"))
 
 
+def adam_options(stage: "TrainingStage") -> dict[str, float]:
+    """The betas and the epsilon as far as the user set them: an optimiser may have better ones of its own."""
+    return {option: getattr(stage, option) for option in _ADAM if option in stage.model_fields_set}
+
+
 def _optimizer(stage: "TrainingStage") -> Iterable[Setting]:
-    name, arguments = _OPTIMIZERS[stage.optimizer_override]
-    source = _source(stage, "optimizer_override")
-    yield Setting("optim", name, source)
-    if arguments is not None:
-        yield Setting("optim_args", arguments, source)
+    for target, value in arguments_of_optimizer(stage.optimizer_override, adam_options(stage)).items():
+        yield Setting(target, value, _source(stage, target if target in _ADAM else "optimizer_override"))
     if stage.learning_rate is not None:
         rate_source = _source(stage, "learning_rate")
     else:
         rate_source = f"default of {stage.method.type}" + (", times 10 with lora" if stage.lora else "")
     yield Setting("learning_rate", stage.resolved_learning_rate(), rate_source)
-    if stage.optimizer_override == "adamw":
-        for option, target in _ADAM.items():
-            yield Setting(target, getattr(stage, option), _source(stage, option))
+
+
+def own_schedule(stage: "TrainingStage") -> bool:
+    """Whether the schedule is one of ours: TRL has none of the name, or none that ends at a floor."""
+    restarts = stage.scheduler_type == "cosine_annealing_warm_restarts"
+    return stage.scheduler_type not in _TRL_SCHEDULES or (restarts and stage.min_learning_rate > 0)
+
+
+_TRL_SCHEDULES = {
+    "constant",
+    "cosine_annealing",
+    "cosine_annealing_warm_restarts",
+    "linear_warmup",
+    "polynomial",
+    "reduce_on_plateau",
+}
 
 
 def _schedule(stage: "TrainingStage") -> Iterable[Setting]:
-    warmup: float = stage.warmup_steps if stage.warmup_steps > 0 else stage.warmup_ratio
     option = "warmup_steps" if stage.warmup_steps > 0 else "warmup_ratio"
-    yield Setting("warmup_steps", warmup, _source(stage, option))
-    floor = stage.min_learning_rate
-    kwargs: dict[str, Any]
-    if stage.scheduler_type == "constant":
-        name, kwargs = ("constant_with_warmup" if warmup else "constant"), {}
-    elif stage.scheduler_type == "cosine_annealing":
-        name, kwargs = ("cosine_with_min_lr", {"min_lr": floor}) if floor else ("cosine", {})
-    elif stage.scheduler_type == "cosine_annealing_warm_restarts":
-        name, kwargs = "cosine_with_restarts", {"num_cycles": stage.num_cycles}
-    elif stage.scheduler_type == "linear_warmup":
-        name, kwargs = ("polynomial", {"power": 1.0, "lr_end": floor}) if floor else ("linear", {})
+    warmup: float = getattr(stage, option)
+    if KINDS[stage.scheduler_type].no_warmup:
+        yield Setting("warmup_steps", 0, f"{stage.path}.scheduler_type")
     else:
-        name, kwargs = "polynomial", {"power": stage.scheduler_power, "lr_end": floor}
-    yield Setting("lr_scheduler_type", name, _source(stage, "scheduler_type"))
+        yield Setting("warmup_steps", warmup, _source(stage, option))
+    source = _source(stage, "scheduler_type")
+    if own_schedule(stage):
+        yield Setting("lr_scheduler_type", "constant", f"{source} (stagekit's own schedule)")
+        return
+    name, kwargs = _trl_schedule(stage, bool(warmup))
+    yield Setting("lr_scheduler_type", name, source)
     if kwargs:
-        options = {"min_learning_rate", "num_cycles", "scheduler_power"} & stage.model_fields_set
-        source = f"{stage.path}.{min(options)}" if options else "default"
-        yield Setting("lr_scheduler_kwargs", kwargs, source)
+        options = {"min_learning_rate", "num_cycles", "scheduler_power", "scheduler_kwargs"} & stage.model_fields_set
+        yield Setting("lr_scheduler_kwargs", kwargs, f"{stage.path}.{min(options)}" if options else "default")
+    if stage.scheduler_type == "reduce_on_plateau" and not stage.save_only_best:
+        yield Setting("metric_for_best_model", "eval_loss", source)
+        yield Setting("greater_is_better", False, source)
+
+
+def _trl_schedule(stage: "TrainingStage", warms_up: bool) -> tuple[str, dict[str, Any]]:
+    floor = stage.min_learning_rate
+    if stage.scheduler_type == "constant":
+        return ("constant_with_warmup" if warms_up else "constant"), {}
+    if stage.scheduler_type == "cosine_annealing":
+        return ("cosine_with_min_lr", {"min_lr": floor}) if floor else ("cosine", {})
+    if stage.scheduler_type == "cosine_annealing_warm_restarts":
+        return "cosine_with_restarts", {"num_cycles": stage.num_cycles}
+    if stage.scheduler_type == "linear_warmup":
+        return ("polynomial", {"power": 1.0, "lr_end": floor}) if floor else ("linear", {})
+    if stage.scheduler_type == "reduce_on_plateau":
+        maximize = stage.save_only_best and stage.best_checkpoint_metric_maximize
+        return "reduce_lr_on_plateau", plateau_kwargs(stage.scheduler_kwargs, maximize=maximize, floor=floor)
+    return "polynomial", {"power": stage.scheduler_power, "lr_end": floor}
 
 
 def _logging(stage: "TrainingStage") -> Iterable[Setting]:

@@ -66,8 +66,8 @@ class Totals(TrainerCallback):  # type: ignore[misc]
             "window": float(trainer._tr_loss),
             "before": trainer._total_loss_scalar,
             "logged_at": trainer._globalstep_last_logged,
-            "metrics": trainer._metrics["train"],
-            "tokens": trainer._total_train_tokens,
+            "metrics": trainer._metrics["train"] if hasattr(trainer, "_metrics") else {},
+            "tokens": getattr(trainer, "_total_train_tokens", 0),
             "ended": self._ended() if control.should_training_stop else None,
         }
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
@@ -83,8 +83,9 @@ class Totals(TrainerCallback):  # type: ignore[misc]
         trainer._tr_loss.fill_(totals["window"])
         trainer._total_loss_scalar = totals["before"]
         trainer._globalstep_last_logged = totals["logged_at"]
-        trainer._metrics["train"].update(totals["metrics"])
-        trainer._total_train_tokens = totals["tokens"]
+        if hasattr(trainer, "_metrics"):  # TRL's trainers; one of transformers logs neither
+            trainer._metrics["train"].update(totals["metrics"])
+            trainer._total_train_tokens = totals["tokens"]
 
 
 class Marker(TrainerCallback):  # type: ignore[misc]
@@ -236,7 +237,7 @@ class StopEarly(TrainerCallback, ExportableState):  # type: ignore[misc]
     def __init__(self, options: EarlyStopping, key: str, resume: Path | None = None) -> None:
         """Watch `key`, the trainer's name of the metric; with the count that the checkpoint `resume` holds."""
         self._options, self._key = options, key
-        before = {} if resume is None else _exported(resume, type(self).__name__)
+        before = {} if resume is None else exported(resume, type(self).__name__)
         self._best: float | None = before.get("best")
         self._waited: int = before.get("waited", 0)
         self.reason = ""
@@ -271,7 +272,7 @@ class StopEarly(TrainerCallback, ExportableState):  # type: ignore[misc]
         return {"args": {"best": self._best, "waited": self._waited}, "attributes": {}}
 
 
-def _exported(checkpoint: Path, name: str) -> dict[str, Any]:
+def exported(checkpoint: Path, name: str) -> dict[str, Any]:
     """What the callback `name` left in a checkpoint."""
     states = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))["stateful_callbacks"]
     found: dict[str, Any] = states.get(name, {}).get("args", {})

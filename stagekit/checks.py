@@ -62,10 +62,15 @@ def _name(stage: "TrainingStage", seen: Mapping[str, Any], folders: Mapping[str,
         yield Problem(path, f"{name!r} has the same folder as {folders[slug(name)]!r}")
 
 
+def trains(stage: "TrainingStage") -> bool:
+    """Whether the stage, as declared, trains a model, or may: a custom stage does what its function does."""
+    can = stage.method.trains or stage.method.type == "custom"
+    return stage.enabled and can and not stage.is_evaluation_only
+
+
 def gives_policy(stage: "TrainingStage") -> bool:
-    """Whether the stage, as declared, ends with a model of its own."""
-    trains = stage.method.trains or stage.method.type == "custom"
-    return stage.enabled and trains and not stage.is_evaluation_only
+    """Whether the stage, as declared, ends with a model that later stages start from; a reward model is none."""
+    return trains(stage) and stage.method.artifact == "policy"
 
 
 def models_of(stage: "TrainingStage") -> Iterator[tuple[str, Any]]:
@@ -102,7 +107,7 @@ def _references(
             name = value.removeprefix("stage:")
             found = list(_earlier(path, name, seen, pipeline))
             yield from found
-            if not found and not gives_policy(seen[name]):
+            if not found and not gives_policy(seen[name]) and not _goes_on(stage, path, seen[name]):
                 yield Problem(path, f"stage {name!r} leaves no model ({_why_no_policy(seen[name])})")
     for path, value in data_of(stage):
         source = as_data(value).source
@@ -123,9 +128,17 @@ def _references(
             )
 
 
+def _goes_on(stage: "TrainingStage", path: str, before: "TrainingStage") -> bool:
+    """Whether a stage starts from the reward model of one of its own type."""
+    own = stage.method.artifact != "policy" and stage.method.type == before.method.type
+    return own and trains(before) and path == f"{stage.path}.model"
+
+
 def _why_no_policy(stage: "TrainingStage") -> str:
     if not stage.enabled:
         return "enabled: false"
+    if stage.method.artifact != "policy":
+        return f"{stage.method.type} leaves a {stage.method.artifact}, and the policy is passed on by itself"
     return "is_evaluation_only: true" if stage.is_evaluation_only else f"{stage.method.type} trains none"
 
 
@@ -197,6 +210,9 @@ def functions_of(stage: "TrainingStage") -> Iterator[tuple[str, Any]]:
     for option in ("run_condition", "data_preprocessor", "custom_loss_function", "custom_evaluation_function"):
         if getattr(stage, option) is not None:
             yield option, getattr(stage, option)
+    for event in type(stage.callbacks).model_fields if stage.callbacks is not None else ():
+        if getattr(stage.callbacks, event) is not None:
+            yield f"callbacks.{event}", getattr(stage.callbacks, event)
     if getattr(stage.method, "function", None) is not None:
         yield "method.function", getattr(stage.method, "function")  # noqa: B009 (only custom has it)
     if stage.generation is not None and stage.generation.backend != "transformers":

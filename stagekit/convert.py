@@ -1,15 +1,12 @@
-"""GGUF files converted to safetensors, once, and folders that appear whole or not at all."""
+"""GGUF files converted to safetensors, once."""
 
 import fcntl
 import logging
 import os
-import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from stagekit.errors import StageError
+from stagekit.files import whole_folder
 from stagekit.sources import fingerprint_of_path
 
 
@@ -68,36 +65,6 @@ def _convert(gguf: Path, target: Path) -> None:
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.bos_token_id = tokenizer.bos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
-    with written_whole(target) as temporary:
+    with whole_folder(target) as temporary:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
-
-
-@contextmanager
-def written_whole(target: Path) -> Iterator[Path]:
-    """A temporary folder beside `target` that takes its place at the end, or vanishes when something fails.
-
-    Raises:
-        StageError: the disk is full or cannot be written.
-    """
-    from safetensors import SafetensorError
-
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp"))
-    try:
-        yield temporary
-        for file in temporary.iterdir():
-            with file.open("rb") as handle:
-                os.fsync(handle.fileno())
-        temporary.chmod(0o755)
-        if target.exists():
-            old = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.", suffix=".old"))
-            target.replace(old / target.name)
-            temporary.replace(target)
-            shutil.rmtree(old)
-        else:
-            temporary.replace(target)
-    except (OSError, SafetensorError) as error:
-        raise StageError(f"{target} cannot be written: {error}; free some space and run again") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)

@@ -5,8 +5,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from stagekit.errors import StageError
+from stagekit.errors import Interrupted, StageError
+from stagekit.groups import Callbacks
 from stagekit.job import CustomContext, Job, Outcome
+from stagekit.options import function_name
 
 
 def resolve(function: str | Callable[..., Any]) -> Callable[..., Any]:
@@ -28,6 +30,34 @@ def resolve(function: str | Callable[..., Any]) -> Callable[..., Any]:
         raise StageError(f"{function!r} is no function, it is {type(found).__name__}")
     result: Callable[..., Any] = found
     return result
+
+
+def call_back(functions: Callbacks | None, event: str, *arguments: Any) -> None:
+    """Call the user's function for an event, where there is one.
+
+    Raises:
+        StageError: it raised something; names the event.
+    """
+    function = getattr(functions, event) if functions is not None else None
+    if function is None:
+        return
+    found = resolve(function)
+    try:
+        found(*arguments)
+    except Interrupted:
+        raise
+    except Exception as error:
+        what = f"{function_name(function)} raised {type(error).__name__}: {error}"
+        raise StageError(f"callbacks.{event}: {what}") from error
+
+
+def tell_error(functions: Callbacks | None, error: BaseException) -> str:
+    """Call `on_stage_error`; returns what to add to the reason, where that fails too."""
+    try:
+        call_back(functions, "on_stage_error", error)
+    except StageError as another:
+        return f"; then {another}"
+    return ""
 
 
 def call(job: Job, function: str | Callable[..., Any]) -> Outcome:

@@ -6,8 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stagekit.checks import as_data, data_of, functions_of, models_of, module_file
-from stagekit.checks import gives_policy as gives_policy
+from stagekit.checks import as_data, data_of, functions_of, gives_policy, models_of, module_file
 from stagekit.options import function_name
 from stagekit.sources import fingerprint_of_path, parse_data, parse_model
 
@@ -20,7 +19,7 @@ if TYPE_CHECKING:
 FORMAT = 1
 """Raised when stages come to mean something else, so that results of before are not taken for those of now."""
 
-_SAYS_NOTHING = {"description", "tags", "metadata", "enabled", "save_checkpoint_after", "max_duration", "callbacks"}
+_SAYS_NOTHING = {"description", "tags", "metadata", "enabled", "save_checkpoint_after", "max_duration"}
 """Options that do not change what a stage computes, unless its type says that it reads them."""
 
 _SAMPLE_BYTES = 1 << 20

@@ -7,6 +7,8 @@ import random
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from stagekit.optimizers import forget_overrides
+
 
 @contextlib.contextmanager
 def stage_environment() -> Iterator[None]:
@@ -33,6 +35,7 @@ def stage_environment() -> Iterator[None]:
             warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|trl|peft|accelerate)\b")
             yield
     finally:
+        forget_overrides()
         if bars[0]:
             transformers_logging.enable_progress_bar()
         if not bars[1]:
@@ -67,7 +70,9 @@ def _restore_random_states(states: tuple[Any, Any, Any]) -> None:
 def _torch_flags() -> dict[str, Any]:
     import torch
 
+    flags = {} if not hasattr(torch.backends, "fp32_precision") else {"fp32": torch.backends.fp32_precision}
     return {
+        **flags,
         "deterministic": torch.are_deterministic_algorithms_enabled(),
         "warn_only": torch.is_deterministic_algorithms_warn_only_enabled(),
         "cudnn.deterministic": torch.backends.cudnn.deterministic,
@@ -78,7 +83,12 @@ def _torch_flags() -> dict[str, Any]:
 
 def _restore_torch_flags(flags: Mapping[str, Any]) -> None:
     import torch
+    from transformers.utils.import_utils import enable_tf32
 
+    enable_tf32.cache_clear()  # it does nothing where it was called before, even if the switch was put back since
+    if "fp32" in flags:
+        backends: Any = torch.backends
+        backends.fp32_precision = flags["fp32"]
     torch.use_deterministic_algorithms(flags["deterministic"], warn_only=flags["warn_only"])
     torch.backends.cudnn.deterministic = flags["cudnn.deterministic"]
     torch.backends.cudnn.benchmark = flags["cudnn.benchmark"]

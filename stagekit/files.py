@@ -36,19 +36,29 @@ def write_text(path: Path, text: str) -> None:
 
 @contextlib.contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
-    """A temporary folder that becomes `path` when the block ends well, and vanishes when it does not."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
+    """A temporary folder that becomes `path` when the block ends well, and vanishes when it does not.
+
+    Raises:
+        StageError: the disk is full, or cannot be written.
+    """
+    temporary, old = path.with_name(f".{path.name}.tmp"), path.with_name(f".{path.name}.old")
+    for left_by_a_crash in (temporary, old):
+        shutil.rmtree(left_by_a_crash, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
         yield temporary
         sync_files(temporary)
         if path.exists():
-            shutil.rmtree(path)
+            path.rename(old)
         temporary.rename(path)
         _sync(path.parent)
+    except Exception as error:
+        if isinstance(error, OSError) or type(error).__name__ == "SafetensorError" or is_full(error):
+            raise StageError(cannot_write(path, error)) from error
+        raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def sync_files(folder: Path) -> dict[str, int]:

@@ -56,8 +56,8 @@ MOVED: dict[str, Home] = {
     "update_reference_model": Home("reference.update_every"),
     "reference_model_update_interval": Home("reference.update_every"),
     "dpo_beta": Home("method.beta", ("dpo", "kto", "orpo", "cpo", "simpo", "self_play")),
-    "preference_label_smoothing": Home("method.label_smoothing", ("dpo", "cpo")),
-    "contrastive_margin": Home("method.margin", ("dpo", "cpo", "simpo")),
+    "preference_label_smoothing": Home("method.label_smoothing", ("cpo", "dpo")),
+    "contrastive_margin": Home("method.margin", ("cpo", "dpo", "simpo")),
     "reward_model": Home("method.reward", (*_RL, "rejection_sampling")),
     "kl_penalty_coefficient": Home("method.kl_penalty_coefficient", _RL),
     "ppo_clip_range": Home("method.clip_range", _RL),
@@ -373,7 +373,7 @@ def _unsayable(stage: "TrainingStage") -> list[Problem]:
     no_name = "has no flat name; keep the slot spelling"
     found = [
         Problem(f"{stage.path}.{name}", no_name)
-        for name in ("model", "generation")
+        for name in ("model", "generation", "gate")
         if getattr(stage, name) is not None
     ]
     if stage.reference is not None and stage.reference.mode not in {"auto", "copy", "none"}:

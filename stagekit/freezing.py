@@ -364,13 +364,15 @@ def lora_extras(
     return extras
 
 
-def skeleton(base: str) -> Any:
-    """The causal language model of a folder or hub id, without its weights."""
+def skeleton(base: str, task: str = "CAUSAL_LM") -> Any:
+    """The model of a folder or hub id, without its weights; `task` in peft's words."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    import transformers
 
+    kinds = {"CAUSAL_LM": "CausalLM", "SEQ_CLS": "SequenceClassification", "TOKEN_CLS": "TokenClassification"}
+    auto = getattr(transformers, f"AutoModelFor{kinds[task]}")
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base, trust_remote_code=False))
+        return auto.from_config(transformers.AutoConfig.from_pretrained(base, trust_remote_code=False))
 
 
 def groups_of(model: Any) -> list[list[Any]]:

@@ -11,6 +11,7 @@ from stagekit.errors import ConfigError, Problem
 from stagekit.options import (
     Count,
     Fraction,
+    Function,
     NonNegativeFloat,
     Options,
     Positive,
@@ -148,6 +149,14 @@ class LoRA(Options):
     bits: Literal[4, 8] | None = None
     """QLoRA: the frozen base in 4 (nf4, double quantisation) or 8 bits; needs bitsandbytes. None = not quantised."""
 
+    rslora: bool = False
+    """Scale the update by alpha / sqrt(rank), so that high ranks learn too. peft: `use_rslora`.
+    Source: huggingface.co/papers/2312.03732."""
+
+    dora: bool = False
+    """Learn the size of each column beside the low-rank direction; slower. peft: `use_dora`.
+    Source: huggingface.co/papers/2402.09353."""
+
     merge: bool = False
     """Merge the adapter into the (unquantised) base after training; the adapter stays beside it."""
 
@@ -177,6 +186,43 @@ class EarlyStopping(Options):
 
     maximize: bool = False
     """True where higher is better."""
+
+
+class Callbacks(Options):
+    """Your own functions at the stage's events. What one of them raises fails the stage."""
+
+    on_stage_start: Function | None = None
+    """Called with the stage, before its model and data are loaded; not where it is skipped."""
+
+    on_epoch_complete: Function | None = None
+    """Called with the number of whole epochs and the mean loss over the last one."""
+
+    on_batch_complete: Function | None = None
+    """Called with the number of optimiser steps and the loss of the last one, over all its accumulated batches. Steps
+    that a resume does again are told again. Reading the loss makes an accelerator wait at every step."""
+
+    on_stage_complete: Function | None = None
+    """Called with the stage's `StageResult`, right before it is written."""
+
+    on_stage_error: Function | None = None
+    """Called with the exception that fails the stage; not where the user stops it."""
+
+
+class Gate(Options):
+    """What must hold for a stage's result to be passed on."""
+
+    metric: str
+    """A metric of the result, with or without its `eval_` prefix."""
+
+    at_least: float | None = None
+    """The metric must be this or more."""
+
+    at_most: float | None = None
+    """The metric must be this or less."""
+
+    otherwise: Literal["keep_previous", "stop"] = "keep_previous"
+    """keep_previous: the stage completes, and later stages start from the model before it.
+    stop: the stage fails, and with it the run."""
 
 
 def _backend(value: Any) -> Any:

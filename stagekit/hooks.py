@@ -8,6 +8,8 @@ from typing import Any
 import torch
 
 from stagekit.errors import StageError
+from stagekit.own_loss import Loss, own_loss
+from stagekit.schedules import make_scheduler
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,16 @@ class Hooks:
     evaluate: Callable[[Any, Any], Mapping[str, float]] | None = None
     tags: tuple[str, ...] = ()
     tracked: Tracked = field(default_factory=Tracked)
+    schedule: Callable[[int, int, float], Callable[[int], float]] | None = None
+    """(warm-up steps, steps, steps per epoch) -> the schedule as a function of the step; None: TRL's own."""
+    before_optimizer: Callable[[], None] | None = None
+    """Called right before the optimiser is made: what it must hold is decided here."""
+    loss: Loss | None = None
+    """The user's own loss; None: TRL's."""
+    sees_loss: Callable[[Any], None] | None = None
+    """Called with the share that each batch has in the loss of its optimiser step, as it stands on its device."""
+    loss_scale: float | None = None
+    """The first scale of fp16; None: torch's own."""
     must_save: Callable[[], bool] | None = None
     """Whether the trainer is stopping and has to leave a checkpoint, the best or not."""
 
@@ -117,6 +129,54 @@ class Hooked:
                 f"({trainer.args.max_length}). Raise trl.max_length"
             )
         return super()._precompute_ref_logps(dataset, name, batch_size)  # type: ignore[misc]
+
+    def set_initial_training_values(self, *args: Any, **kwargs: Any) -> Any:
+        """Remember how many optimiser steps an epoch has."""
+        found = super().set_initial_training_values(*args, **kwargs)  # type: ignore[misc]
+        self._steps_per_epoch = found[1]
+        return found
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The user's own loss, where there is one."""
+        if self.hooks.loss is None:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)  # type: ignore[misc]
+        return own_loss(self, self.hooks.loss, model, inputs, return_outputs, num_items_in_batch)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Show the loss of the batch to who wants to see it."""
+        loss = super().training_step(*args, **kwargs)  # type: ignore[misc]
+        if self.hooks.sees_loss is not None:
+            self.hooks.sees_loss(loss)
+        return loss
+
+    def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
+        """Add the first scale of fp16, for which there is no argument."""
+        found: dict[str, Any] = super()._build_accelerator_args(**kwargs)  # type: ignore[misc]
+        if self.hooks.loss_scale is not None:
+            from accelerate.utils import GradScalerKwargs
+
+            found["kwargs_handlers"].append(GradScalerKwargs(init_scale=self.hooks.loss_scale))
+        return found
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """Let the stage say what is trained, then make the optimiser."""
+        if self.hooks.before_optimizer is not None:
+            self.hooks.before_optimizer()
+        return super().create_optimizer(*args, **kwargs)  # type: ignore[misc]
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """The stage's own schedule, where it has one."""
+        trainer: Any = self
+        if self.hooks.schedule is None:
+            return super().create_scheduler(num_training_steps, optimizer)  # type: ignore[misc]
+        if trainer.lr_scheduler is None:
+            warmup = trainer.args.get_warmup_steps(num_training_steps)
+            factor = self.hooks.schedule(warmup, num_training_steps, self._steps_per_epoch)
+            trainer.lr_scheduler = make_scheduler(optimizer or trainer.optimizer, factor)
+            trainer._created_lr_scheduler = True  # else a second train() would keep this one
+        return trainer.lr_scheduler
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write the stage's tags into the model card."""

@@ -9,8 +9,11 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from stagekit.adapters.base import SLOTS
 from stagekit.errors import Problem
 from stagekit.flat import FLAT
+from stagekit.freezing import problems_of_freezing
+from stagekit.optimizers import problems_of_optimizer
 from stagekit.options import Options
 from stagekit.pending import PENDING, PENDING_VALUES
+from stagekit.schedules import problems_of_schedule
 from stagekit.stage_options import (
     CheckpointOptions,
     FreezingOptions,
@@ -36,7 +39,6 @@ class Entry(NamedTuple):
     reason: str
 
 
-_WITH_ADAM = {"adamw", "adam", "amsgrad", "nadam", "radam", "adamax", "lion", "adam8bit", "lamb"}
 _ONLY_TRAINING = (OptimizerOptions, ScheduleOptions, FreezingOptions, CheckpointOptions)
 _LOOP_OF_EVALUATION = {"batch_size", "random_seed", "use_deterministic_algorithms"}
 
@@ -89,9 +91,11 @@ def not_applicable(stage: "TrainingStage", option: str) -> str | None:
         return None
     if option in method.refused:
         return method.refused[option]
+    if option == "custom_loss_function" and not method.takes_loss and Loop in method.families:
+        return f"stage type {method.type!r} defines its loss itself; sft and constitutional take one of yours"
     if option in SLOTS:
         return None if option in method.slots else f"stage type {method.type!r} has no use for it"
-    family = family_of(option)
+    family = family_of("scheduler_type" if option == "scheduler_kwargs" else option)
     if family is None:
         return None
     if family not in method.families:
@@ -113,9 +117,12 @@ def problems_of_stage(stage: "TrainingStage") -> list[Problem]:
         *_not_used(stage),
         *_schedule(stage),
         *_precision(stage),
+        *_freezing(stage),
         *_data(stage),
         *_measuring(stage),
         *_saving(stage),
+        *_calling(stage),
+        *_gate(stage),
         *stage.method.problems(stage),
     ]
 
@@ -128,8 +135,6 @@ def _not_built(stage: "TrainingStage") -> Iterable[Problem]:
         missing = _missing(stage, option)
         if missing is not None and _differs(stage.method, option):
             yield Problem(f"method.{option}", f"not built yet: {missing}")
-    if stage.reference is not None and stage.reference.update_every is not None:
-        yield Problem("reference.update_every", f"not built yet: {PENDING['update_reference_model']}")
     for (path, value), missing in PENDING_VALUES.items():
         owner: Any = stage
         for step in path.split(".")[:-1]:
@@ -174,28 +179,58 @@ def _schedule(stage: "TrainingStage") -> Iterable[Problem]:
         )
     if "scheduler_power" in given and schedule != "polynomial":
         yield Problem("scheduler_power", f"has no effect on {schedule!r}; use scheduler_type: polynomial")
-    if stage.min_learning_rate > 0:
-        if schedule == "constant":
-            yield Problem("min_learning_rate", "has no effect on 'constant', which does not decay")
-        elif schedule == "cosine_annealing_warm_restarts":
-            yield Problem("min_learning_rate", f"not built yet with {schedule!r}; use cosine_annealing")
-        elif stage.min_learning_rate >= stage.resolved_learning_rate():
-            rate = stage.resolved_learning_rate()
-            yield Problem("min_learning_rate", f"{stage.min_learning_rate} is not below learning_rate ({rate})")
-    if stage.optimizer_override not in _WITH_ADAM:
-        for option in ("adam_beta1", "adam_beta2", "adam_epsilon"):
-            if option in given:
-                yield Problem(option, f"has no effect on optimizer_override {stage.optimizer_override!r}; use adamw")
+    warmups = ("warmup_steps", "warmup_ratio")
+    warmup = next((option for option in warmups if option in given and getattr(stage, option) > 0), None)
+    yield from problems_of_schedule(
+        schedule,
+        stage.scheduler_kwargs,
+        peak=stage.resolved_learning_rate(),
+        floor=stage.min_learning_rate,
+        warmup_set=warmup,
+    )
+    if schedule == "reduce_on_plateau" and (stage.validation_data is None or stage.evaluation_steps == 0):
+        yield Problem("scheduler_type", "'reduce_on_plateau' follows the evaluations; give validation_data")
+    yield from problems_of_optimizer(stage.optimizer_override, given)
 
 
 def _precision(stage: "TrainingStage") -> Iterable[Problem]:
     if not_applicable(stage, "use_mixed_precision"):
         return
-    if "mixed_precision_dtype" in stage.model_fields_set and not stage.use_mixed_precision:
-        if stage.mixed_precision_dtype != "none":
+    given, dtype = stage.model_fields_set, stage.mixed_precision_dtype
+    if "mixed_precision_dtype" in given and not stage.use_mixed_precision:
+        if dtype != "none":
             yield Problem("mixed_precision_dtype", "has no effect without use_mixed_precision: true")
-    elif stage.use_mixed_precision and stage.mixed_precision_dtype == "none":
+    elif stage.use_mixed_precision and dtype == "none":
         yield Problem("mixed_precision_dtype", "'none' contradicts use_mixed_precision: true")
+    elif stage.use_mixed_precision and dtype.startswith("fp8"):
+        without = "TRL's config has no fp8, and without TransformerEngine nothing would be computed in it; use bf16"
+        yield Problem("mixed_precision_dtype", f"{dtype!r} is not supported: {without}")
+    fp16 = stage.use_mixed_precision and dtype == "fp16"
+    if fp16 and stage.lora is not None and stage.lora.bits is not None:
+        cannot = "TRL trains the adapter of a quantised base in bfloat16, whose gradients fp16's scaler cannot unscale"
+        yield Problem("mixed_precision_dtype", f"'fp16' does not go with lora.bits: {cannot}; use bf16")
+    for option in ("use_dynamic_loss_scaling", "initial_loss_scale"):
+        if option in given and (stage.is_evaluation_only or not stage.method.trains):
+            yield Problem(option, "has no effect here: without training there is no gradient to scale")
+        elif option in given and not fp16:
+            yield Problem(option, "has no effect without use_mixed_precision: true and mixed_precision_dtype: fp16")
+    if fp16 and not stage.use_dynamic_loss_scaling:
+        constant = "torch's GradScaler knows no constant scale, and without one small gradients are lost"
+        yield Problem("use_dynamic_loss_scaling", f"false is not supported: {constant}; leave it on, or use bf16")
+
+
+def _freezing(stage: "TrainingStage") -> Iterable[Problem]:
+    if not_applicable(stage, "freeze_base_model"):
+        return
+    yield from problems_of_freezing(
+        freeze_base_model=stage.freeze_base_model,
+        frozen=stage.frozen_layers,
+        trainable=stage.trainable_layers,
+        unfreeze_top_n=stage.unfreeze_top_n_layers,
+        lora=stage.lora is not None,
+    )
+    if "gradual_unfreezing_interval" in stage.model_fields_set and not stage.use_gradual_unfreezing:
+        yield Problem("gradual_unfreezing_interval", "has no effect without use_gradual_unfreezing: true")
 
 
 def _data(stage: "TrainingStage") -> Iterable[Problem]:
@@ -242,10 +277,14 @@ def _measuring(stage: "TrainingStage") -> Iterable[Problem]:
             if name not in known and "metrics_to_track" in given:
                 message = f"{name!r} is no metric of {stage.method.type!r} ({', '.join(sorted(known))}); "
                 yield Problem("metrics_to_track", message + "others come from custom_evaluation_function")
-    if "perplexity" in stage.metrics_to_track and "metrics_to_track" in given and not stage.method.perplexity:
-        yield Problem(
-            "metrics_to_track", f"'perplexity' means nothing for {stage.method.type!r}, whose loss is no likelihood"
-        )
+    if "perplexity" in stage.metrics_to_track and "metrics_to_track" in given and not is_likelihood(stage):
+        whose = f"{stage.method.type!r}, whose loss is" if not stage.method.perplexity else "a custom_loss_function,"
+        yield Problem("metrics_to_track", f"'perplexity' means nothing for {whose} no likelihood")
+
+
+def is_likelihood(stage: "TrainingStage") -> bool:
+    """Whether the evaluation loss is a mean negative log-likelihood, so that its exponential means something."""
+    return stage.method.perplexity and stage.custom_loss_function is None
 
 
 def _saving(stage: "TrainingStage") -> Iterable[Problem]:
@@ -263,9 +302,36 @@ def _saving(stage: "TrainingStage") -> Iterable[Problem]:
     if metric not in stage.method.metric_keys and ("best_checkpoint_metric", metric) not in PENDING_VALUES:
         known = ", ".join(sorted(stage.method.metric_keys))
         yield Problem("best_checkpoint_metric", f"{stage.method.type!r} does not report {metric!r}; it has {known}")
+    if metric == "perplexity" and stage.method.perplexity and not is_likelihood(stage):
+        yield Problem("best_checkpoint_metric", "'perplexity' means nothing for a custom_loss_function, no likelihood")
     if metric == "custom" and (not stage.custom_metric_name or stage.custom_evaluation_function is None):
         yield Problem(
             "custom_metric_name", "best_checkpoint_metric: custom needs it, and a custom_evaluation_function"
         )
     if metric != "custom" and stage.custom_metric_name:
         yield Problem("custom_metric_name", "has no effect without best_checkpoint_metric: custom")
+
+
+_EVENTS_OF_TRAINING = ("on_epoch_complete", "on_batch_complete")
+
+
+def _calling(stage: "TrainingStage") -> Iterable[Problem]:
+    """The user's own functions: a loss beside TRL's, callbacks at events that never come."""
+    if stage.custom_loss_function is not None and "loss_type" in stage.trl:
+        yield Problem("trl.loss_type", "has no effect with custom_loss_function")
+    if stage.callbacks is None or (stage.method.trains and not stage.is_evaluation_only):
+        return
+    for event in _EVENTS_OF_TRAINING:
+        if getattr(stage.callbacks, event) is not None:
+            yield Problem(f"callbacks.{event}", "never happens: the stage does not train by itself")
+
+
+def _gate(stage: "TrainingStage") -> Iterable[Problem]:
+    gate = stage.gate
+    if gate is None:
+        return
+    if (gate.at_least is None) == (gate.at_most is None):
+        yield Problem("gate", "needs one bound: at_least or at_most")
+    leaves = (stage.method.trains and not stage.is_evaluation_only) or stage.method.type == "custom"
+    if gate.otherwise == "keep_previous" and not (leaves and stage.method.artifact == "policy"):
+        yield Problem("gate.otherwise", "'keep_previous' has no effect: the stage passes on no model; use stop")

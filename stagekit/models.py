@@ -17,8 +17,9 @@ from huggingface_hub import snapshot_download
 from peft import LoraConfig, PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
-from stagekit.convert import cache_folder, converted, written_whole
+from stagekit.convert import cache_folder, converted
 from stagekit.errors import ConfigError, Problem, StageError
+from stagekit.files import whole_folder
 from stagekit.rows import json_object
 from stagekit.sources import ModelSource, fingerprint_of_path, parse_model, problems_of_model
 
@@ -33,6 +34,7 @@ activation again, and the rounding adds up over the layers."""
 _HUB_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")
 _MODEL_FILES = ("config.json", "adapter_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 _QUANTISED_LAYERS = ("Linear4bit", "Linear8bitLt")
+_EXTRAS = ("modules_to_save", "rank_pattern", "alpha_pattern", "exclude_modules", "layers_to_transform")
 
 _fingerprints: dict[tuple[str, int, int], str] = {}
 
@@ -173,11 +175,14 @@ def lora_config(
     dropout: float,
     target_modules: tuple[str, ...] | list[str] | str,
     task_type: Literal["CAUSAL_LM", "SEQ_CLS", "TOKEN_CLS"] = "CAUSAL_LM",
+    **extras: Any,
 ) -> LoraConfig:
-    """The peft configuration; the task type is always set, since peft's default (None) trains no score head."""
+    """The peft configuration; the task type is always set, since peft's default (None) trains no score head.
+    `extras` are more arguments of it: variants of LoRA, modules that are trained whole, blocks without an adapter."""
     modules = target_modules if isinstance(target_modules, str) else list(target_modules)
     whole = int(alpha) if float(alpha).is_integer() else alpha
-    return LoraConfig(r=rank, lora_alpha=whole, lora_dropout=dropout, target_modules=modules, task_type=task_type)
+    given = {"r": rank, "lora_alpha": whole, "lora_dropout": dropout, "target_modules": modules, **extras}
+    return LoraConfig(task_type=task_type, **given)
 
 
 def bnb_config(bits: Literal[4, 8], compute_dtype: torch.dtype) -> BitsAndBytesConfig:
@@ -192,16 +197,25 @@ def bnb_config(bits: Literal[4, 8], compute_dtype: torch.dtype) -> BitsAndBytesC
     )
 
 
-def same_adapter(path: str | Path, lora: Mapping[str, Any]) -> bool:
+def same_adapter(path: str | Path, lora: Mapping[str, Any], extras: Mapping[str, Any] | None = None) -> bool:
     """Whether the adapter in a folder is of the declared shape, so that it can be trained on instead of a new one.
 
     Args:
         path: Adapter folder.
-        lora: `rank`, `alpha` and `target_modules`; other keys (dropout, bits, merge) do not change the shape.
+        lora: `rank`, `alpha`, `target_modules`, `rslora` and `dora`; other keys (dropout, bits, merge) do not change
+            the shape.
+        extras: More arguments that a new adapter would be made with.
     """
     config = json_object(Path(path, "adapter_config.json"))
-    plain = not any(config.get(name) for name in ("use_dora", "use_rslora", "modules_to_save", "rank_pattern"))
-    if config.get("r") != lora["rank"] or config.get("lora_alpha") != lora["alpha"] or not plain:
+    wants = {
+        **dict.fromkeys(_EXTRAS),
+        **(extras or {}),
+        "use_rslora": lora.get("rslora"),
+        "use_dora": lora.get("dora"),
+    }
+    if config.get("r") != lora["rank"] or config.get("lora_alpha") != lora["alpha"]:
+        return False
+    if any(_set_like(config.get(name)) != _set_like(value) for name, value in wants.items()):
         return False
     wanted, has = lora["target_modules"], config.get("target_modules")
     if wanted == "all-linear" and isinstance(has, list):
@@ -210,6 +224,10 @@ def same_adapter(path: str | Path, lora: Mapping[str, Any]) -> bool:
     if isinstance(wanted, str) or isinstance(has, str):
         return bool(wanted == has)
     return set(wanted) == set(has or ())
+
+
+def _set_like(value: Any) -> Any:
+    return (sorted(value) if isinstance(value, list | tuple | set) else value) or None
 
 
 def merge_adapter(
@@ -246,7 +264,7 @@ def merge_adapter(
     merged = _probe(model)
     by_merge = _difference(with_adapter, merged, tolerance, f"{source}: after the merge")
     tokenizer = load_tokenizer(str(source) if (source / "tokenizer_config.json").is_file() else base)
-    with written_whole(target) as temporary:
+    with whole_folder(target) as temporary:
         model.to(dtype).save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
         del model

@@ -81,6 +81,7 @@ def _types(name: str) -> str:
         if (slot == "method" or slot not in SLOTS or slot in METHODS[kind].slots)
         and (family is None or family in METHODS[kind].families)
         and name not in METHODS[kind].refused
+        and (name != "custom_loss_function" or METHODS[kind].takes_loss)
     ]
     return "all" if users == list(BUILT) else ", ".join(users)
 

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stagekit.arguments import settings_of
-from stagekit.checks import as_data, data_of
-from stagekit.digest import gives_policy
+from stagekit.checks import as_data, data_of, gives_policy, trains
 from stagekit.ledger import ledger
 from stagekit.rows import rows_of
 from stagekit.sources import parse_data, parse_model
@@ -111,7 +110,7 @@ def _rows_to_train(stage: "TrainingStage", data: Mapping[str, dict[str, Any]]) -
 
 def _steps(stage: "TrainingStage", rows: Mapping[str, Any]) -> int | None:
     """Optimiser steps, at most: rows that are dropped make fewer."""
-    if not gives_policy(stage) or stage.method.trainer_class is None:
+    if not trains(stage) or stage.method.trainer_class is None:
         return 0
     if stage.max_steps > 0:
         return stage.max_steps
@@ -149,7 +148,7 @@ def _memory(stage: "TrainingStage", shapes: Mapping[str, tuple[int, ...]]) -> di
     if not shapes or stage.method.trainer_class is None:
         return None
     total = sum(math.prod(shape) for shape in shapes.values())
-    if not gives_policy(stage):
+    if not trains(stage):
         return {"weights": 4 * total, "trained_parameters": 0, "at_least": 4 * total}
     if stage.lora is None:
         trained, weights = total, 4 * total

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from stagekit.adapters import METHODS
 from stagekit.errors import ConfigError
 from stagekit.parse import read
 from stagekit.result import PipelineResult, StageResult
@@ -12,6 +13,12 @@ from stagekit.show import Show, clock
 
 
 MIB = 1 << 20
+
+_LOADED_BY = {
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+}
 
 
 def status(folder: Path) -> dict[str, Any]:
@@ -103,6 +110,12 @@ def show_end(result: PipelineResult) -> None:
     for stage in result.stages:
         for name, path in stage.artifacts.get("datasets", {}).items():
             show.line(f"  {path}: the dataset {name}")
+        if stage.held_back:
+            show.line(f"  {stage.artifacts['held_back']}: a model that its gate did not let pass")
+        if stage.reward_model is not None:
+            show.line(
+                f"  {stage.artifacts['reward_model']}: the reward model ({_LOADED_BY[METHODS[stage.type].task]})"
+            )
     policy = result.policy
     if policy is None:
         return

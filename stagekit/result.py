@@ -42,6 +42,16 @@ class StageResult:
         """The model that later stages start from: an absolute path, or a hub id. None where there is none yet."""
         return self._place(self.artifacts.get("policy"))
 
+    @property
+    def reward_model(self) -> str | None:
+        """The folder of the reward model that the stage trained, as an absolute path. None where it trained none."""
+        return self._place(self.artifacts.get("reward_model"))
+
+    @property
+    def held_back(self) -> bool:
+        """Whether the stage's gate did not let its model pass; it stands in `artifacts` as `held_back`."""
+        return "held_back" in self.artifacts
+
     def dataset(self, name: str) -> Path:
         """The file of a dataset that the stage left.
 

@@ -14,8 +14,8 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
 from transformers.utils import logging as transformers_logging
 
-from stagekit.convert import written_whole
 from stagekit.errors import ConfigError, StageError
+from stagekit.files import whole_folder
 from stagekit.models import ROUNDING_TOLERANCE, adapter_base, load_tokenizer
 from stagekit.rows import json_object
 
@@ -207,7 +207,20 @@ def check_scores_again(
         StageError: a score differs by more; the message has both.
     """
     model, tokenizer = load_reward_model(path, dtype=dtype)
-    after = score(model, tokenizer, prompts, completions, max_length=max_length)
+    return same_scores(path, before, score(model, tokenizer, prompts, completions, max_length=max_length), tolerance)
+
+
+def same_scores(
+    path: str, before: Sequence[float | None], after: Sequence[float | None], tolerance: float = SAME_SCORE
+) -> float:
+    """See that the scores of the reward model in `path` are those of before it was saved.
+
+    Returns:
+        The largest difference, relative to the largest score (at least 1).
+
+    Raises:
+        StageError: a score differs by more than the tolerance; the message has both.
+    """
     if len(after) != len(before):
         raise ConfigError(f"{len(before)} scores from before and {len(after)} now; give the same answers")
     scale = max([1.0, *(abs(value) for value in before if value is not None)])
@@ -250,7 +263,7 @@ def merge_reward_adapter(
     by_merge = _differ(before, reference, tolerance, f"{source}: after the merge")
     tokenizer = _tokenizer(source)
     _take_config(merged, config, tokenizer)
-    with written_whole(Path(out_dir)) as temporary:
+    with whole_folder(Path(out_dir)) as temporary:
         merged.to(dtype).save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
         saved = _probe(_load(str(temporary), task, dtype, None).model)
@@ -381,6 +394,18 @@ def _score_batch(model: Any, rows: Sequence[Sequence[int]], pad: int) -> list[fl
     if logits.shape != (len(rows), 1):
         raise ConfigError(f"the model gives {tuple(logits.shape)} logits for {len(rows)} rows; a reward is one number")
     return [float(value) for value in logits[:, 0].float().tolist()]
+
+
+@contextmanager
+def without_autocast(model: Any) -> Iterator[None]:
+    """Run a model that accelerate prepared in the precision of its weights, as it runs when it is loaded again."""
+    hooked = hasattr(model, "_hf_hook")  # moves inputs between devices
+    forward = None if hooked else model.__dict__.pop("forward", None)
+    try:
+        yield
+    finally:
+        if forward is not None:
+            model.forward = forward
 
 
 @contextmanager

@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 from stagekit.arguments import settings_of
 from stagekit.checks import as_data, slug
-from stagekit.custom import resolve
+from stagekit.custom import call_back, resolve, tell_error
 from stagekit.environment import stage_environment
 from stagekit.errors import ConfigError, Interrupted, StageError
 from stagekit.files import cannot_write, is_full, write_text
+from stagekit.gate import through_gate
 from stagekit.job import Job, ModelInput, Outcome
 from stagekit.ledger import ledger
 from stagekit.options import _plain
@@ -70,19 +71,19 @@ def run_stage(task: Task, stop: Stop, show: Show) -> StageResult:
     task.folder.mkdir(parents=True, exist_ok=True)
     try:
         with stage_environment(), _saying_why(task):
-            outcome, status, reason = _run(task, stop, show, started)
+            result = _run(task, stop, show, started)
+            if result.status != "skipped":
+                call_back(task.stage.callbacks, "on_stage_complete", result)
     except BaseException as error:
         interrupted = isinstance(error, Interrupted | KeyboardInterrupt)
         kind = "stopped" if interrupted else "failed"
-        reason = "interrupted" if interrupted else str(error)
+        reason = "interrupted" if interrupted else str(error) + tell_error(task.stage.callbacks, error)
         result = _result(task, kind, reason, Outcome(), started, {})
         with contextlib.suppress(StageError, OSError):
             if not interrupted:
                 (task.folder / "error.txt").write_text(traceback.format_exc(), encoding="utf-8")
             result.write(task.folder / "result.json")
         raise
-    tokenizer = outcome[1]
-    result = _result(task, status, reason, outcome[0], started, tokenizer)
     (task.folder / "error.txt").unlink(missing_ok=True)
     result.write(task.folder / "result.json")
     return result
@@ -118,11 +119,12 @@ def _saying_why(task: Task) -> Iterator[None]:
         raise StageError(f"stage {name!r}: {type(error).__name__}: {error}") from error
 
 
-def _run(task: Task, stop: Stop, show: Show, started: float) -> tuple[tuple[Outcome, Mapping[str, Any]], Any, str]:
+def _run(task: Task, stop: Stop, show: Show, started: float) -> StageResult:
     stage = task.stage
     previous = task.results[-1] if task.results else None
     if stage.run_condition is not None and not resolve(stage.run_condition)(previous):
-        return (Outcome(), {}), "skipped", "run_condition returned False"
+        return _result(task, "skipped", "run_condition returned False", Outcome(), started, {})
+    call_back(stage.callbacks, "on_stage_start", stage)
     _write_declaration(task)
     job = _job(task, stop, show, started)
     identity = _check_tokenizer(task, job)
@@ -136,7 +138,10 @@ def _run(task: Task, stop: Stop, show: Show, started: float) -> tuple[tuple[Outc
         metrics={**job.metrics, **outcome.metrics},
         dropped={**job.dropped, **outcome.dropped},
     )
-    return (outcome, identity), "stopped" if outcome.stopped else "completed", outcome.stopped
+    outcome, held = through_gate(stage, outcome)
+    if held:
+        return _result(task, "completed", held, outcome, started, identity)
+    return _result(task, "stopped" if outcome.stopped else "completed", outcome.stopped, outcome, started, identity)
 
 
 def _datasets(job: Job, task: Task) -> dict[str, Any]:
@@ -211,14 +216,16 @@ def _model_input(task: Task) -> ModelInput | None:
     stage, value = task.stage, task.stage.model
     if isinstance(value, str) and value.startswith("stage:"):
         name = value.removeprefix("stage:")
-        value = next((result.policy for result in task.results if result.name == name), None)
+        value = next(
+            (getattr(one, stage.method.artifact) or one.policy for one in task.results if one.name == name), None
+        )
         if value is None:
             raise StageError(f"stage {stage.name!r}: stage {name!r} left no model to start from")
     if value is None:
         value = incoming_policy(task) or task.pipeline.model
     if value is None:
         return None
-    from stagekit.models import adapter_base, local_model, same_adapter
+    from stagekit.models import adapter_base, local_model
 
     if not isinstance(value, str):
         return ModelInput(_save_live(task, value))
@@ -227,9 +234,21 @@ def _model_input(task: Task) -> ModelInput | None:
         return ModelInput(path)
     trains = stage.method.trains and not stage.is_evaluation_only
     base = str(adapter_base(path))
-    if not trains or (stage.lora is not None and same_adapter(path, stage.lora.model_dump())):
+    if (not trains and stage.method.task == "CAUSAL_LM") or (stage.lora is not None and _goes_on(stage, path, base)):
         return ModelInput(base, adapter=path)
     return ModelInput(_merged(task, path))
+
+
+def _goes_on(stage: "TrainingStage", adapter: str, base: str) -> bool:
+    """Whether the incoming adapter is of the shape that the stage declares, so that it is trained on. One of a causal
+    language model is not for a reward model's stage."""
+    from stagekit.models import same_adapter
+    from stagekit.trained import adapter_extras
+
+    assert stage.lora is not None
+    if stage.method.task != "CAUSAL_LM":
+        return False
+    return same_adapter(adapter, stage.lora.model_dump(), adapter_extras(stage, base))
 
 
 def _merged(task: Task, adapter: str) -> str:
@@ -237,10 +256,18 @@ def _merged(task: Task, adapter: str) -> str:
     import torch
 
     from stagekit.models import merge_adapter
+    from stagekit.reward_models import merge_reward_adapter
+    from stagekit.rows import json_object
 
     target = task.folder / "base"
     if not (target / "config.json").is_file():
-        merge_adapter(adapter, target, torch.float32)
+        kind, wanted = json_object(Path(adapter, "adapter_config.json")).get("task_type"), task.stage.method.task
+        if kind in {"SEQ_CLS", "TOKEN_CLS"} and kind != wanted:
+            raise StageError(
+                f"{adapter} is the adapter of a reward model ({kind}); {task.stage.name!r} needs {wanted}"
+            )
+        merge = merge_reward_adapter if kind == wanted != "CAUSAL_LM" else merge_adapter
+        merge(adapter, target, torch.float32)
     return str(target.resolve())
 
 
@@ -330,7 +357,8 @@ def _mixed(task: Task) -> Any:
         if stage.method.columns and stage.data_preprocessor is None:
             check_columns(loaded, stage.method.columns, f"{stage.path}.training_data.{name}")
             wanted = next(columns for columns in stage.method.columns if set(columns) <= set(loaded.column_names))
-            loaded = loaded.select_columns(list(wanted))
+            also = [column for column in stage.method.optional_columns if column in loaded.column_names]
+            loaded = loaded.select_columns([*wanted, *also])
         sets[name] = _as_conversations(loaded) if stage.method.columns == (("prompt",),) else loaded
     where = f"{stage.path}.data_mixing_ratios"
     return mix(

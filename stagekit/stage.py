@@ -9,7 +9,7 @@ from pydantic import BaseModel, ValidationError
 from stagekit.adapters import MethodField
 from stagekit.adapters.sft import SFT
 from stagekit.flat import as_spelled, path_as_spelled, to_flat, to_slots
-from stagekit.groups import Generation, LoRA, Model, Reference
+from stagekit.groups import Gate, Generation, LoRA, Model, Reference
 from stagekit.ledger import problems_of_stage
 from stagekit.options import raise_problems, values_only
 from stagekit.selectors import TABLES
@@ -37,6 +37,13 @@ class TrainingStage(StageOptions):
 
     generation: Generation | None = None
     """How a method that writes its own data samples. None = `Generation()`."""
+
+    gate: Gate | None = None
+    """What must hold for the stage's model to be passed on. None = nothing."""
+
+    scheduler_kwargs: Mapping[str, Any] = {}
+    """Arguments of the schedule that have no option of their own (`gamma`, `milestones`, `pct_start`, ...); see
+    `stagekit/schedules.py` for those of each and their defaults."""
 
     trl: Mapping[str, Any] = {}
     """Arguments of the TRL config that stagekit has no option for (`max_length`, `packing`, ...); a key that one of

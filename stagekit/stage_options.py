@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, PlainSerializer, WithJsonSchema
 
-from stagekit.groups import EarlyStopping, OneSet, Sets, wrong
+from stagekit.groups import Callbacks, EarlyStopping, OneSet, Sets, wrong
 from stagekit.options import (
     Count,
     Fraction,
@@ -51,7 +51,7 @@ Duration = Annotated[
 
 Optimizer = Literal[
     "adamw", "adam", "amsgrad", "sgd", "momentum", "nesterov", "adagrad", "rmsprop", "adadelta", "adamax", "nadam",
-    "radam", "adafactor", "lion", "adam8bit", "lamb", "lars",
+    "radam", "adafactor", "lion", "lion8bit", "adam8bit", "adamw8bit", "lamb", "lars",
 ]  # fmt: skip
 Schedule = Literal[
     "constant", "cosine_annealing", "cosine_annealing_warm_restarts", "polynomial", "linear_warmup",
@@ -148,7 +148,10 @@ class Loop(Options):
     """Clip the gradient to this norm. 0 = off. TRL: `max_grad_norm`."""
 
     custom_loss_function: Function | None = None
-    """A loss of your own: `(outputs, labels, num_items) -> loss`."""
+    """A loss of your own in the place of the type's: `(outputs, labels, num_items) -> loss`. It gets the model's
+    outputs (logits not shifted), the labels (-100: not learned), and the number of labels in all batches of the
+    optimiser step (None in an evaluation). It returns the sum of the tokens' losses by `num_items`, or a mean over the
+    batch."""
 
 
 class OptimizerOptions(Options):
@@ -204,32 +207,37 @@ class PrecisionOptions(Options):
 
     mixed_precision_dtype: Precision = "fp16"
     """The format of `use_mixed_precision`. fp16 is the specification's default and needs a GPU; bf16 runs on CPU too.
-    TRL: `bf16`, `fp16`."""
+    tf32 needs an Ampere GPU and keeps float32 outside of matrix products. fp8 is refused. TRL: `bf16`, `fp16`,
+    `tf32`."""
 
     use_dynamic_loss_scaling: bool = True
-    """Scale the loss so that fp16 gradients do not vanish."""
+    """Scale the loss so that fp16 gradients do not vanish; always on with fp16, which has no constant scale."""
 
     initial_loss_scale: PositiveFloat = 65536.0
-    """The first scale of fp16."""
+    """The first scale of fp16; halved where a gradient overflows. accelerate: `GradScalerKwargs.init_scale`."""
 
 
 class FreezingOptions(Options):
-    """Which of the weights are trained."""
+    """Which of the weights are trained. What a stage freezes stands in its `frozen.json`."""
 
     freeze_base_model: bool = False
-    """Freeze everything but `trainable_layers`."""
+    """Freeze everything but `trainable_layers`; with LoRA that is so anyway."""
 
     frozen_layers: tuple[str, ...] = ()
-    """Patterns of weights to freeze."""
+    """Patterns of weights to freeze: `layers.0-5` (both ends), `layers.*.mlp`, `embedding`, `norm`, `lm_head`, full
+    names; see `stagekit/freezing.py`. With LoRA the adapters there."""
 
     trainable_layers: tuple[str, ...] = ()
-    """Patterns of weights to train where the base model is frozen."""
+    """Patterns of weights to train where the base model is frozen. With LoRA whole modules, beside the adapters. peft:
+    `modules_to_save`."""
 
     unfreeze_top_n_layers: Count = 0
-    """Train only the last N blocks. 0 = off."""
+    """Train only the last N blocks, the last norm and an output head that is not tied to the embedding. 0 = off. With
+    LoRA the adapters of these blocks."""
 
     use_gradual_unfreezing: bool = False
-    """Unfreeze one more group of layers every `gradual_unfreezing_interval` epochs, from the top."""
+    """Unfreeze one more group of layers every `gradual_unfreezing_interval` epochs, from the top: the last block with
+    norm and head, each block below it, the embeddings. Source: huggingface.co/papers/1801.06146."""
 
     gradual_unfreezing_interval: Positive = 1
     """Epochs between two groups."""
@@ -306,7 +314,7 @@ class DistributedOptions(Options):
 class CallbackOptions(Options):
     """Your own code at the stage's events."""
 
-    callbacks: Any = None
+    callbacks: Callbacks | None = None
     """Functions to call when the stage starts, ends an epoch or batch, completes or fails."""
 
 

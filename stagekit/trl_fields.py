@@ -11,6 +11,9 @@ _FILES = {
     "_BaseConfig": ("trl", "trainer/base_config.py"),
     "SFTConfig": ("trl", "trainer/sft_config.py"),
     "DPOConfig": ("trl", "trainer/dpo_config.py"),
+    "KTOConfig": ("trl", "trainer/kto_config.py"),
+    "RewardConfig": ("trl", "trainer/reward_config.py"),
+    "ProcessRewardConfig": ("stagekit", "trainers/process_reward.py"),
 }
 
 

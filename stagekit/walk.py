@@ -5,12 +5,12 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING
 
 import yaml
 
-from stagekit.checks import data_of, models_of
-from stagekit.digest import digests, gives_policy
+from stagekit.checks import as_data, data_of, functions_of, gives_policy, models_of, trains
+from stagekit.digest import digests
 from stagekit.errors import ConfigError, Interrupted, Problem
 from stagekit.files import lock, make_folder, write_text
 from stagekit.pipeline import to_plain
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from stagekit.stage import TrainingStage
 
 
-_MODELS = ("policy", "adapter", "checkpoints", "base", "input")
+_MODELS = ("policy", "reward_model", "adapter", "checkpoints", "base", "input")
 """Folders of a stage that hold weights."""
 
 Execute = Callable[[Task, Stop, Show, IO[str]], StageResult]
@@ -89,33 +89,17 @@ def _refuse_live(pipeline: "TrainingPipeline") -> None:
     """A child process gets the pipeline as a file, so nothing in it may be a live object or an unnamed function."""
     problems = [Problem("model", "is a live object")] if not isinstance(pipeline.model, str | None) else []
     for stage in pipeline.stages:
+        named = [*models_of(stage), *((path, as_data(value).source) for path, value in data_of(stage))]
+        problems += [Problem(path, "is a live object") for path, value in named if not isinstance(value, str)]
+        unnamed = "is a function itself; name it 'package.module:function'"
         problems += [
-            Problem(path, "is a live object") for path, value in models_of(stage) if not isinstance(value, str)
+            Problem(f"{stage.path}.{option}", unnamed)
+            for option, function in functions_of(stage)
+            if not isinstance(function, str)
         ]
-        for path, value in data_of(stage):
-            source = value.get("source") if isinstance(value, dict) else getattr(value, "source", value)
-            if not isinstance(source, str):
-                problems.append(Problem(path, "is a live object"))
-        for option in ("run_condition", "data_preprocessor", "custom_evaluation_function"):
-            if callable(getattr(stage, option)):
-                problems.append(
-                    Problem(f"{stage.path}.{option}", "is a function itself; name it 'package.module:function'")
-                )
-        if callable(getattr(stage.method, "function", None)):
-            problems.append(
-                Problem(f"{stage.path}.method.function", "is a function itself; name it 'package.module:function'")
-            )
-        if stage.generation is not None and callable(stage.generation.backend):
-            problems.append(
-                Problem(f"{stage.path}.generation.backend", "is a function itself; name it 'package.module:function'")
-            )
     if problems:
-        raise ConfigError(
-            [
-                Problem(one.path, f"{one.message}; stages in children need files and names (drop isolate)")
-                for one in problems
-            ]
-        )
+        way = "stages in children need files and names (drop isolate)"
+        raise ConfigError([Problem(one.path, f"{one.message}; {way}") for one in problems])
 
 
 def _clear(run: Path) -> None:
@@ -155,30 +139,28 @@ def _kept(
 
 
 def _reads(pipeline: "TrainingPipeline", index: int, results: Sequence[StageResult] = ()) -> set[str]:
-    """Names of the stages whose files the stage at `index` reads, or may read: a stage with a condition can turn out
-    to have no model of its own, then that of the one before it is passed on."""
+    """Names of the stages whose files the stage at `index` reads, or may read: a stage with a condition or a gate
+    can turn out to pass no model on, then that of the one before it is."""
     stage = pipeline.stages[index]
     found = set()
     for _, value in [*models_of(stage), *data_of(stage)]:
-        source = value.get("source") if isinstance(value, dict) else getattr(value, "source", value)
+        source = as_data(value).source
         if isinstance(source, str) and source.startswith("stage:"):
             found.add(source.removeprefix("stage:").partition("/")[0])
     if stage.model is None:
-        ran = {result.name: result.status != "skipped" for result in results}
+        passed = {result.name: result.status != "skipped" and not result.held_back for result in results}
         for before in reversed(pipeline.stages[:index]):
-            if not gives_policy(before) or not ran.get(before.name, True):
+            if not gives_policy(before) or not passed.get(before.name, True):
                 continue
             found.add(before.name)
-            if before.run_condition is None or before.name in ran:
+            if before.name in passed or (before.run_condition is None and before.gate is None):
                 break
     return found
 
 
 def _there(result: StageResult) -> bool:
-    policy = result.artifacts.get("policy")
-    places = (
-        [result.run / str(policy)] if policy is not None and str(policy).startswith(f"{result.index:02d}-") else []
-    )
+    models = [str(result.artifacts[name]) for name in ("policy", "reward_model") if result.artifacts.get(name)]
+    places = [result.run / model for model in models if model.startswith(f"{result.index:02d}-")]
     bases = [base for place in places if (base := _base_of(place)) is not None and base.is_relative_to(result.run)]
     places += bases
     places += [result.run / str(path) for path in result.artifacts.get("datasets", {}).values()]
@@ -271,21 +253,25 @@ def _declared_digest(task: Task) -> str | None:
 
 def _delete_unwanted(pipeline: "TrainingPipeline", run: Path, results: Sequence[StageResult]) -> None:
     """`save_checkpoint_after: false`: the model goes once the next stage has completed, and no later one and no
-    adapter that stays is made on it."""
+    adapter that stays is made on it; not where it is the last that no gate held back."""
     if not results[-1].finished:
         return
     unwanted = []
     for index, stage in enumerate(pipeline.stages[: len(results) - 1]):
         later = range(len(results), len(pipeline.stages))
-        if not stage.save_checkpoint_after and not any(
-            stage.name in _reads(pipeline, place, results) for place in later
+        instead = results[index].policy is not None and all(one.policy is None for one in results[index + 1 :])
+        held = instead and any(one.held_back for one in results[index + 1 :])
+        if (
+            not stage.save_checkpoint_after
+            and not held
+            and not any(stage.name in _reads(pipeline, place, results) for place in later)
         ):
             unwanted.append(stage_folder(run, index, stage.name))
     stay = [
         folder / name
         for result in results
         if (folder := stage_folder(run, result.index - 1, result.name)) not in unwanted
-        for name in ("policy", "adapter")
+        for name in ("policy", "reward_model", "adapter")
     ]
     bases = {_base_of(adapter) for adapter in stay}
     for folder in unwanted:
@@ -303,21 +289,20 @@ def _show_stages(pipeline: "TrainingPipeline", run: Path, kept: dict[str, StageR
 
 
 def _data_said(stage: "TrainingStage") -> str:
-    def short(value: Any) -> str:
-        source = value.get("source") if isinstance(value, dict) else getattr(value, "source", value)
-        return source if isinstance(source, str) else f"<{type(source).__name__}>"
-
-    return (
-        " + ".join(
-            short(value).rpartition("/")[2] if not short(value).startswith("stage:") else short(value)
-            for _, value in data_of(stage)
-        )
-        or "-"
-    )
+    sources = [as_data(value).source for _, value in data_of(stage)]
+    names = [
+        f"<{type(source).__name__}>"
+        if not isinstance(source, str)
+        else source
+        if source.startswith("stage:")
+        else source.rpartition("/")[2]
+        for source in sources
+    ]
+    return " + ".join(names) or "-"
 
 
 def _how(stage: "TrainingStage") -> str:
-    if not gives_policy(stage):
+    if not trains(stage):
         return "evaluation only" if stage.is_evaluation_only or stage.method.type == "evaluation" else "-"
     lora = (
         f"LoRA r={stage.lora.rank}" + (f" {stage.lora.bits} bit" if stage.lora.bits else "")

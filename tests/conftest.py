@@ -1,6 +1,7 @@
 """Fixtures for every test: the tiny model, small data sets, one thread and no network."""
 
 import os
+import tempfile
 
 
 # Before torch and the Hugging Face packages are imported, which read them once.
@@ -8,8 +9,10 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["STAGEKIT_CACHE"] = tempfile.mkdtemp(prefix="stagekit-tests-")
 
 import json
+import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,6 +43,11 @@ QUESTIONS_AND_ANSWERS = (
     ("Give me a word that rhymes with cat.", "Hat.", "Dog."),
     ("Is the earth round?", "Yes, it is nearly a sphere.", "It is flat."),
 )
+
+
+def pytest_unconfigure() -> None:
+    """Reference log-probabilities that tests kept are not the user's."""
+    shutil.rmtree(os.environ["STAGEKIT_CACHE"], ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

@@ -12,8 +12,9 @@ import torch
 from gguf import GGUFWriter
 from transformers import AutoModelForCausalLM
 
-from stagekit.convert import cache_folder, written_whole
+from stagekit.convert import cache_folder
 from stagekit.errors import StageError
+from stagekit.files import whole_folder
 from stagekit.models import load_policy, load_tokenizer, local_model
 
 
@@ -147,7 +148,7 @@ def save_with_little_room(model_path: str, target: str, queue: Any) -> None:
     model = load_policy(model_path)
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
     try:
-        with written_whole(Path(target)) as temporary:
+        with whole_folder(Path(target)) as temporary:
             model.save_pretrained(temporary)
     except StageError as error:
         queue.put(str(error))
@@ -159,13 +160,13 @@ def test_a_full_disk_while_saving_a_model_leaves_nothing(tiny_model_path: str, t
     child = context.Process(target=save_with_little_room, args=(tiny_model_path, str(tmp_path / "out"), queue))
     child.start()
     child.join()
-    assert "out cannot be written" in queue.get(timeout=5)
+    assert "out: cannot be written" in queue.get(timeout=5)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_folder_takes_the_place_of_an_earlier_one(tmp_path: Path) -> None:
     for text in ("first", "second"):
-        with written_whole(tmp_path / "out") as temporary:
+        with whole_folder(tmp_path / "out") as temporary:
             (temporary / text).write_text(text)
     assert [path.name for path in tmp_path.rglob("*")] == ["out", "second"]
 

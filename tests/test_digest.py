@@ -50,8 +50,17 @@ OTHER: dict[str, Any] = {
     "constitutional_principles": ["Be kind."], "custom_training_function": "json:loads",
     "preference_loss_type": "ipo", "use_reference_model": True, "warmup_ratio": 0.3,
     "min_learning_rate": 1e-9, "adam_beta1": 0.8, "adam_beta2": 0.8, "lora_dropout": 0.2,
+    "frozen_layers": ["layers.0"], "trainable_layers": ["lm_head"], "callbacks": {"on_stage_start": "json:loads"},
+    "custom_loss_function": "json:loads", "contrastive_margin": 0.5, "preference_label_smoothing": 0.2,
 }  # fmt: skip
+FP16 = {"use_mixed_precision": True, "mixed_precision_dtype": "fp16"}
 BESIDE: dict[str, dict[str, Any]] = {
+    "preference_label_smoothing": {"method": {"type": "dpo", "loss": "aot"}},
+    "reference_model_update_interval": {"update_reference_model": True},
+    "freeze_base_model": {"use_lora": True},
+    "trainable_layers": {"use_lora": True},
+    "gradual_unfreezing_interval": {"use_gradual_unfreezing": True},
+    "initial_loss_scale": FP16,
     "mixed_precision_dtype": {"use_mixed_precision": True},
     "num_cycles": {"scheduler_type": "cosine_annealing_warm_restarts"},
     "scheduler_power": {"scheduler_type": "polynomial"},
@@ -92,14 +101,17 @@ BESIDE: dict[str, dict[str, Any]] = {
 }
 """What must stand beside an option for it to have an effect."""
 
-ALONE = {"stage_type", "fine_tuning_method", "data_mixing_ratios", "custom_training_function", "use_reference_model"}
-"""Options that other tests here change."""
+ALONE = {"stage_type", "fine_tuning_method", "data_mixing_ratios", "custom_training_function", "use_reference_model",
+         "use_dynamic_loss_scaling"}  # fmt: skip
+"""Options that other tests here change, and one that has one value only."""
 
 
 @pytest.mark.parametrize("name", sorted(set(FLAT) - set(PENDING) - ALONE))
 def test_the_digest_changes_with_every_option_that_changes_the_result(folder: Path, name: str) -> None:
     kinds = {"constitutional_principles": "constitutional", "critique_model": "constitutional",
              "critique_revision_rounds": "constitutional", "dpo_beta": "dpo", "preference_loss_type": "dpo",
+             "contrastive_margin": "dpo",
+             "update_reference_model": "dpo", "reference_model_update_interval": "dpo",
              "share_reference_model": "dpo"}  # fmt: skip
     default = default_of(name)
     other = OTHER[name] if name in OTHER else not default if isinstance(default, bool) else default + 1
@@ -126,7 +138,8 @@ def test_the_digest_changes_with_the_type_and_with_options_outside_the_108(folde
     told = [
         {}, {"method": "dpo"}, constitutional, {**constitutional, "generation": {"temperature": 0}},
         {"method": {"type": "constitutional", "target": "final"}}, {"method": "dpo", "reference": {"mode": "copy"}},
-        {"model": str(folder / "model"), "name": "own"},
+        {"model": str(folder / "model"), "name": "own"}, {"gate": {"metric": "loss", "at_most": 1}},
+        {"lora": {"rank": 4}}, {"lora": {"rank": 4, "rslora": True}}, {"lora": {"rank": 4, "dora": True}},
     ]  # fmt: skip
     assert len({digest(folder, one) for one in told}) == len(told)
 
@@ -264,4 +277,6 @@ def test_live_data_are_told_by_their_fingerprint(folder: Path) -> None:
 def test_the_tables_above_are_of_options_that_exist() -> None:
     assert set(OTHER) | set(BESIDE) | ALONE <= set(FLAT)
     assert set(StageOptions.model_fields) >= SAYS_NOTHING
-    assert set(BUILT) == {"sft", "dpo", "constitutional", "evaluation", "custom"}
+    assert {"sft", "dpo", "kto", "orpo", "cpo", "simpo", "reward", "constitutional", "evaluation", "custom"} <= set(
+        BUILT
+    )

@@ -16,6 +16,10 @@ from stagekit.stage_options import FAMILIES, StageOptions
 OF_TYPE: Mapping[str, Mapping[str, Any]] = {
     "sft": {"method": "sft", "training_data": "rows.jsonl"},
     "dpo": {"method": "dpo", "training_data": "rows.jsonl"},
+    **{
+        kind: {"method": kind, "training_data": "rows.jsonl"}
+        for kind in ("kto", "orpo", "cpo", "simpo", "reward", "process_reward")
+    },
     "constitutional": {"method": "constitutional", "training_data": "rows.jsonl"},
     "evaluation": {"method": "evaluation", "validation_data": "rows.jsonl"},
     "custom": {"method": {"type": "custom", "function": "pkg.mod:f"}},
@@ -43,13 +47,6 @@ def test_the_table_above_is_of_the_built_types() -> None:
 
 
 SET: Mapping[str, Any] = {
-    "callbacks": {"on_stage_start": "pkg.mod:f"},
-    "custom_loss_function": "pkg.mod:f",
-    "frozen_layers": ["a"],
-    "trainable_layers": ["a"],
-    "unfreeze_top_n_layers": 1,
-    "gradual_unfreezing_interval": 2,
-    "initial_loss_scale": 1.0,
     "distributed_strategy": "fsdp",
     "contrastive_margin": 0.5,
     "preference_label_smoothing": 0.1,
@@ -185,9 +182,13 @@ BEST = {**VALIDATED, "save_only_best": True}
          {"scheduler_power": "has no effect on 'cosine_annealing'; use scheduler_type: polynomial"}),
         ({"scheduler_type": "constant", "min_learning_rate": 1e-6},
          {"min_learning_rate": "has no effect on 'constant', which does not decay"}),
-        ({"scheduler_type": "cosine_annealing_warm_restarts", "min_learning_rate": 1e-6},
-         {"min_learning_rate": "not built yet with 'cosine_annealing_warm_restarts'; use cosine_annealing"}),
-        ({"min_learning_rate": 1e-3}, {"min_learning_rate": "0.001 is not below learning_rate (2e-05)"}),
+        ({"scheduler_type": "one_cycle", "warmup_steps": 5},
+         {"warmup_steps": "has no effect on 'one_cycle', which climbs by itself; use its pct_start"}),
+        ({"scheduler_type": "step", "scheduler_kwargs": {"gama": 0.5}},
+         {"scheduler_kwargs.gama": "unknown argument; did you mean 'gamma'?"}),
+        ({"scheduler_type": "reduce_on_plateau"},
+         {"scheduler_type": "'reduce_on_plateau' follows the evaluations; give validation_data"}),
+        ({"min_learning_rate": 1e-3}, {"min_learning_rate": "0.001 is not below the learning rate (2e-05)"}),
         ({"optimizer_override": "sgd", "adam_beta1": 0.8, "adam_beta2": 0.9, "adam_epsilon": 1e-6},
          {"adam_beta1": ADAMLESS, "adam_beta2": ADAMLESS, "adam_epsilon": ADAMLESS}),
         ({"mixed_precision_dtype": "bf16"},
@@ -232,8 +233,8 @@ BEST = {**VALIDATED, "save_only_best": True}
          {"custom_metric_name": "best_checkpoint_metric: custom needs it, and a custom_evaluation_function"}),
         ({**BEST, "custom_metric_name": "x", "custom_evaluation_function": "a.b:c"},
          {"custom_metric_name": "has no effect without best_checkpoint_metric: custom"}),
-        ({"method": {"type": "dpo", "margin": 0.5}},
-         {"method.margin": "0.5 has no effect on the loss 'sigmoid'; use loss: hinge"}),
+        ({"method": {"type": "dpo", "loss": "ipo", "margin": 0.5}},
+         {"method.margin": "has no effect on the loss 'ipo'; use hinge or sigmoid"}),
         ({"method": {"type": "dpo", "label_smoothing": 0.1}},
          {"method.label_smoothing": "0.1 has no effect on the loss 'sigmoid'; use conservative (cDPO) or robust"}),
         ({"method": "dpo", "lora": {}, "reference": {"mode": "copy"}},
@@ -267,6 +268,9 @@ def test_an_option_that_another_makes_void_is_refused_with_the_way_out(
     {**BEST, "best_checkpoint_metric": "accuracy", "best_checkpoint_metric_maximize": True},
     {**VALIDATED, "metrics_to_track": ["f1"], "custom_evaluation_function": "a.b:c"},
     {"is_evaluation_only": True, "training_data": None, **VALIDATED},
+    {"frozen_layers": ["layers.0"]}, {"freeze_base_model": True, "trainable_layers": ["lm_head"]},
+    {"use_gradual_unfreezing": True, "gradual_unfreezing_interval": 2}, {"unfreeze_top_n_layers": 2, "lora": {}},
+    {"custom_loss_function": "a.b:c"}, {"callbacks": {"on_batch_complete": "a.b:c"}},
     {"training_data": {"a": "x", "b": "y"}, "data_mixing_ratios": {"a": 1, "b": 3}, "shuffle_data": False,
      "data_shuffle_seed": 5},
 ])  # fmt: skip

@@ -209,8 +209,14 @@ def test_an_adapter_of_the_declared_shape_is_recognised(adapter: Path) -> None:
     assert not same_adapter(adapter, LORA | {"alpha": 16.0})
     assert not same_adapter(adapter, LORA | {"target_modules": ("q_proj",)})
     assert not same_adapter(adapter, LORA | {"target_modules": "all-linear"})
+    assert not same_adapter(adapter, LORA | {"rslora": True})
+    assert not same_adapter(adapter, LORA, {"modules_to_save": ["lm_head"]})
     edit_adapter(adapter, use_dora=True)
     assert not same_adapter(adapter, LORA)
+    assert same_adapter(adapter, LORA | {"dora": True})
+    edit_adapter(adapter, use_dora=False, use_rslora=True, modules_to_save=["b", "a"])
+    assert not same_adapter(adapter, LORA | {"rslora": True})
+    assert same_adapter(adapter, LORA | {"rslora": True}, {"modules_to_save": ["a", "b"]})
 
 
 def test_all_linear_is_recognised_after_peft_has_spelt_it_out(tiny_model_path: str, tmp_path: Path) -> None:
@@ -235,6 +241,23 @@ def test_a_merged_model_has_the_adapters_logits(adapter: Path, tmp_path: Path, d
     assert (told["base"], told["dtype"]) == (adapter_base(adapter), str(dtype).removeprefix("torch."))
     identity = tokenizer_identity(load_tokenizer(str(tmp_path / "merged")))
     assert identity == tokenizer_identity(load_tokenizer(str(adapter)))
+
+
+@pytest.mark.parametrize("variant", ["use_rslora", "use_dora"])
+def test_a_merged_variant_has_the_adapters_logits(variant: str, tiny_model_path: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    extras: dict[str, Any] = {variant: True}
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(tiny_model_path),
+        lora_config(4, 8.0, 0.0, ("q_proj", "v_proj"), **extras),
+    )
+    trained(model).save_pretrained(tmp_path / "adapter")
+    load_tokenizer(tiny_model_path).save_pretrained(tmp_path / "adapter")
+    told = merge_adapter(tmp_path / "adapter", tmp_path / "merged", torch.float32)
+    assert told["merge_difference"] < 1e-4
+    merged = logits(load_policy(str(tmp_path / "merged")))
+    torch.testing.assert_close(merged, logits(model), rtol=0, atol=1e-3)
+    assert not torch.allclose(merged, logits(load_policy(tiny_model_path)), atol=1e-2)
 
 
 def test_a_merge_that_changes_the_logits_stops_and_writes_nothing(adapter: Path, tmp_path: Path) -> None:

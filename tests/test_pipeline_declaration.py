@@ -254,7 +254,7 @@ stages:
   - name: last
     training_data: text.jsonl
     metrics_to_track: loss
-    frozen_layers: [a]
+    trainable_layers: [a]
     run_condition: no_such_module_here:f
     trl: {max_lenght: 5, output_dir: x}
 """
@@ -290,7 +290,7 @@ def test_a_file_with_many_mistakes_lists_all_of_them_with_their_paths_in_the_ord
         "stages.cai.training_data",
         "stages.cai.max_duration",
         "stages.last.metrics_to_track",
-        "stages.last.frozen_layers",
+        "stages.last.trainable_layers",
         "stages.last.run_condition",
         "stages.last.trl.max_lenght",
         "stages.last.trl.output_dir",
@@ -410,7 +410,7 @@ def test_overrides_are_part_of_what_is_checked(folder: Path) -> None:
                       "lora_rank": 0, "preference_label_smoothing": 0.1, "training_data": "x.jsonl"}],
           "model": "./nope"},
          ["model", "stages.a.dpo_beta", "stages.a.lora_rank", "stages.a.preference_label_smoothing",
-          "stages.a.preference_label_smoothing", "stages.a.training_data"]),
+          "stages.a.training_data"]),
     ],
 )  # fmt: skip
 def test_plain_data_of_any_shape_is_told_by_path(raw: Any, paths: list[str]) -> None:

@@ -26,12 +26,28 @@ from stagekit import (
     stage_options,
     trl_fields,
 )
-from stagekit.adapters import METHODS, base, constitutional, custom, dpo, evaluation, sft, unbuilt
+from stagekit.adapters import (
+    METHODS,
+    base,
+    constitutional,
+    custom,
+    dpo,
+    evaluation,
+    kto,
+    process_reward,
+    reference_free,
+    references,
+    reward,
+    scoring,
+    sft,
+    unbuilt,
+)
 
 
 DESCRIBING = (
     arguments, checks, digest, errors, flat, groups, ledger, options, parity, parse, pending, pipeline, selectors,
-    stage, stage_options, trl_fields, base, constitutional, custom, dpo, evaluation, sft, unbuilt,
+    stage, stage_options, trl_fields, base, constitutional, custom, dpo, evaluation, kto, process_reward,
+    reference_free, references, reward, scoring, sft, unbuilt,
 )  # fmt: skip
 
 

@@ -190,7 +190,7 @@ def test_a_method_may_be_named_by_its_type_alone() -> None:
     [
         ("dpoo", "unknown stage type 'dpoo'; did you mean 'dpo'?"),
         ("self_rewarding", "'self_rewarding' is planned, but not built yet; built are "
-         "sft, dpo, constitutional, evaluation, custom"),
+         "sft, dpo, kto, orpo, cpo, simpo, reward, process_reward, constitutional, evaluation, custom"),
         (5, "a method is a stage type's name or a mapping with type, not 5"),
     ],
 )  # fmt: skip
@@ -207,7 +207,7 @@ def test_a_stage_needs_a_name() -> None:
 def test_every_family_s_option_is_an_option_of_the_stage() -> None:
     assert set(StageOptions.model_fields) < set(TrainingStage.model_fields)
     assert set(TrainingStage.model_fields) - set(StageOptions.model_fields) == {
-        "method", "model", "lora", "reference", "generation", "trl"
+        "method", "model", "lora", "reference", "generation", "gate", "scheduler_kwargs", "trl"
     }  # fmt: skip
 
 

@@ -11,20 +11,18 @@ from stagekit.adapters.constitutional import Constitutional
 from stagekit.adapters.custom import Custom
 from stagekit.adapters.dpo import DPO
 from stagekit.adapters.evaluation import Evaluation
+from stagekit.adapters.kto import KTO
+from stagekit.adapters.process_reward import ProcessReward
+from stagekit.adapters.reference_free import CPO, ORPO, SimPO
+from stagekit.adapters.reward import Reward
 from stagekit.adapters.sft import SFT
 from stagekit.adapters.unbuilt import (
-    CPO,
     GRPO,
-    KTO,
-    ORPO,
     PPO,
     RLOO,
     Distillation,
-    ProcessReward,
     RejectionSampling,
-    Reward,
     SelfPlay,
-    SimPO,
 )
 from stagekit.options import nearest, shown
 

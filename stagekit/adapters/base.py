@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 from stagekit.errors import Problem
 from stagekit.options import Options, Tagged
@@ -56,12 +57,20 @@ class Method(Tagged):
     """`best_checkpoint_metric` -> the key under which the trainer reports it."""
     perplexity: ClassVar[bool] = False
     """Whether the evaluation loss is a mean negative log-likelihood, so that its exponential means something."""
+    takes_loss: ClassVar[bool] = False
+    """Whether `custom_loss_function` can take the place of the type's own loss."""
     trains: ClassVar[bool] = True
     """False for types whose policy is the one that came in."""
     reads: ClassVar[frozenset[str]] = frozenset()
     """Options that change the type's result although they change no other's (`metadata`)."""
     needs_data: ClassVar[bool] = True
     """Whether a stage of this type cannot do without `training_data`."""
+    task: ClassVar[Literal["CAUSAL_LM", "SEQ_CLS", "TOKEN_CLS"]] = "CAUSAL_LM"
+    """What an adapter of this type is for, in peft's words."""
+    artifact: ClassVar[Literal["policy", "reward_model"]] = "policy"
+    """What training ends with, and the folder it is in. Only a policy is what later stages start from."""
+    optional_columns: ClassVar[tuple[str, ...]] = ()
+    """Columns of the training data that are read where they are there."""
 
     def settings(self, stage: TrainingStage) -> Iterable[Setting]:
         """Arguments of the trainer's config that come from the method's own options. Pure."""
@@ -75,9 +84,39 @@ class Method(Tagged):
         """Decisions that `plan` should tell the user."""
         return ()
 
-    def step0_loss(self) -> float | None:
-        """The loss that policy == reference must give before the first step; None where there is no reference."""
+    def step0_loss(self, stage: TrainingStage) -> float | None:
+        """The loss that policy == reference must give before the first step; None where that is not so."""
         return None
+
+    def trainer_for(self, stage: TrainingStage) -> str | None:
+        """`module:Class` of the trainer, where the type's options decide which."""
+        return self.trainer_class
+
+    def trainer_arguments(self, job: Job) -> dict[str, Any]:
+        """Arguments of the trainer's constructor beside those that every trainer gets."""
+        return {}
+
+    def rows(self, job: Job, dataset: Any) -> Any:
+        """The dataset in the form that the trainer wants; `dataset` may be None."""
+        return dataset
+
+    def callbacks(self, job: Job) -> dict[str, Any]:
+        """Callbacks of the type's own, by name."""
+        return {}
+
+    def built(self, job: Job, trainer: Any) -> None:
+        """Called with the trainer, before anything is trained."""
+
+    def cut(self, trainer: Any) -> dict[str, int]:
+        """Rows that the trainer shortened: reason -> count."""
+        return {}
+
+    def probe(self, job: Job, trainer: Any) -> Any:
+        """Numbers of the trained model that the saved one must give again; None where there are none."""
+        return None
+
+    def check_saved(self, job: Job, folder: Path, before: Any) -> None:
+        """Load what was saved in `folder` and compare it with what `probe` gave."""
 
     def prepare(self, job: Job) -> Job:
         """Make the stage's dataset where the type writes its own; otherwise the job as it is."""

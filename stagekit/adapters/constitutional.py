@@ -81,6 +81,7 @@ class Constitutional(Method):
         "custom": "",
     }
     perplexity: ClassVar = True
+    takes_loss: ClassVar = True
 
     def problems(self, stage: "TrainingStage") -> Iterable[Problem]:
         """Names in `unrevised` must be sets of the mix; an empty constitution says nothing."""

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from stagekit.adapters.base import Method
 from stagekit.options import Function
-from stagekit.stage_options import DataOptions, Identity, Loop
+from stagekit.stage_options import CallbackOptions, DataOptions, Identity, Loop
 
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ class Custom(Method):
     `datasets` (name -> JSONL path)."""
 
     summary: ClassVar = "calls a function of your own with the model and the data"
-    families: ClassVar = frozenset({Identity, DataOptions, Loop})
+    families: ClassVar = frozenset({Identity, DataOptions, Loop, CallbackOptions})
     slots: ClassVar = frozenset({"model"})
     refused: ClassVar = {
         **dict.fromkeys(

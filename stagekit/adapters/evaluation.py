@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from stagekit.adapters.base import Method
 from stagekit.stage_options import (
+    CallbackOptions,
     DataOptions,
     EvaluationOptions,
     Identity,
@@ -28,7 +29,7 @@ class Evaluation(Method):
     summary: ClassVar = "measure the incoming model on data; the model is passed on unchanged"
     trainer_class: ClassVar = "trl:SFTTrainer"
     config_class: ClassVar = "trl:SFTConfig"
-    families: ClassVar = frozenset({Identity, DataOptions, Loop, PrecisionOptions, EvaluationOptions})
+    families: ClassVar = frozenset({Identity, DataOptions, Loop, PrecisionOptions, EvaluationOptions, CallbackOptions})
     slots: ClassVar = frozenset({"model", "trl"})
     refused: ClassVar = {
         **dict.fromkeys(

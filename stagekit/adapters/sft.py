@@ -23,3 +23,4 @@ class SFT(Method):
         "custom": "",
     }
     perplexity: ClassVar = True
+    takes_loss: ClassVar = True
