@@ -35,16 +35,18 @@ def build(job: Job, resume: Path | None, over: bool = False) -> tuple[Any, dict[
     hooks = _hooks(job, tracked, callbacks["stop"], callbacks.get("events"))
     hooked = type(f"Staged{trainer_class.__name__}", (_hooked(), trainer_class), {"hooks": hooks})
     evaluation = method.rows(job, job.eval_dataset)
+    training = method.rows(job, job.train_dataset) if job.train_dataset is not None else evaluation
     trainer = hooked(
         model=_model(job),
         args=config,
-        train_dataset=method.rows(job, job.train_dataset) if job.train_dataset is not None else evaluation,
+        train_dataset=training,
         eval_dataset=evaluation,
         processing_class=job.tokenizer,
         callbacks=list(callbacks.values()),
         **_adapter_arguments(job),
         **method.trainer_arguments(job),
     )
+    trainer.rows_given = {"train": len(training), "eval": len(evaluation) if evaluation is not None else 0}
     for callback in callbacks.values():
         if hasattr(callback, "trainer"):
             callback.trainer = trainer

@@ -81,6 +81,25 @@ def test_kto_trains_as_the_bare_trainer_does(
     assert losses[0] == pytest.approx(0.5, rel=1e-4)
 
 
+def test_rows_that_kto_leaves_out_are_counted_after_pairs_are_taken_apart(
+    tiny_model_path: str, preference_rows: list[Any], write_rows: Callable[..., Path], tmp_path: Path
+) -> None:
+    long = {**preference_rows[0], "prompt": [{"role": "user", "content": "word " * 200}]}
+    rows = str(write_rows([long, *preference_rows[1:]]))
+    kto = stage("kto", rows, KTO(), max_steps=1, trl={"max_length": 64})
+    result = run(tiny_model_path, tmp_path / "run", kto)["kto"]
+    assert result.samples_dropped == {"too_long": 2}
+    assert result.samples_trained == 2 * len(preference_rows) - 2
+
+
+def test_a_first_loss_near_zero_is_not_compared_by_its_share(
+    tiny_model_path: str, preference_rows: list[Any], write_rows: Callable[..., Path], tmp_path: Path
+) -> None:
+    one = stage("exo", str(write_rows(preference_rows)), DPO(loss="exo", label_smoothing=0.499), max_steps=1)
+    assert abs(one.method.step0_loss(one)) < 1e-5
+    run(tiny_model_path, tmp_path / "run", one)
+
+
 def test_orpo_cpo_and_simpo_are_their_trainers_with_the_right_arguments(
     tiny_model_path: str, preference_rows: list[Any], write_rows: Callable[..., Path], tmp_path: Path
 ) -> None:
