@@ -134,6 +134,7 @@ def test_a_broken_gguf_file_is_a_stage_error(tiny_gguf: Path, tmp_path: Path) ->
 
 
 def test_the_cache_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("STAGEKIT_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", "/x")
     assert cache_folder() == Path("/x/stagekit")
     monkeypatch.setenv("STAGEKIT_CACHE", "/s")
