@@ -18,7 +18,7 @@ demo: setup
 	$(RUN) -m stagekit.recipes.cai
 
 test: setup
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -m "not slow and not gpu and not network"
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile -m "not slow and not gpu and not network"
 
 check: setup
 	$(VENV)/bin/ruff format --check .

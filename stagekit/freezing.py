@@ -228,13 +228,12 @@ def freeze(
         for name in sorted(set(off) & set(on))[:1]:
             both = f"{on[name]!r} trains what {off[name]!r} of frozen_layers freezes ({name}); narrow one of them"
             problems.append(Problem("trainable_layers", both))
-    every = set(layout.weights)
     if unfreeze_top_n:
         wanted = _top(layout, unfreeze_top_n)
     elif freeze_base_model and not adapted:
         wanted = set(on)
     else:
-        wanted = every - (set(off) - set(on) if freeze_base_model else set(off))
+        wanted = set(layout.weights) - (set(off) - set(on) if freeze_base_model else set(off))
     eligible = {id(one): one for parameters in layout.weights.values() for one in parameters if one.requires_grad}
     names = {key: found for key, found in layout.names_of().items() if key in eligible}
     problems += _torn(names.values(), wanted, off, on)

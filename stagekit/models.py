@@ -258,17 +258,17 @@ def merge_adapter(
         raise ConfigError(f"{target} is the adapter's own folder; give another one for the merged model")
     model = load_policy(str(source), dtype=torch.float32)
     _refuse_quantised(model, base)
-    with_adapter = _probe(model)
+    with_adapter = fixed_logits(model)
     model = model.merge_and_unload(safe_merge=True)
     _refuse_quantised(model, base)
-    merged = _probe(model)
+    merged = fixed_logits(model)
     by_merge = _difference(with_adapter, merged, tolerance, f"{source}: after the merge")
     tokenizer = load_tokenizer(str(source) if (source / "tokenizer_config.json").is_file() else base)
     with whole_folder(target) as temporary:
         model.to(dtype).save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
         del model
-        saved = _probe(load_policy(str(temporary), dtype=dtype))
+        saved = fixed_logits(load_policy(str(temporary), dtype=dtype))
         allowed = ROUNDING_TOLERANCE.get(dtype, 1e-1)
         by_saving = _difference(merged, saved, allowed, f"{source}: after saving the merged model in {dtype}")
     name = str(dtype).removeprefix("torch.")
@@ -404,10 +404,10 @@ def _linear_names(base: str) -> set[str]:
 
 
 @torch.no_grad()
-def _probe(model: Any) -> torch.Tensor:
-    """Logits (2, 32, V) in float32 on fixed token ids."""
+def fixed_logits(model: Any, rows: int = 2) -> torch.Tensor:
+    """Logits (rows, 32, V), or (rows, labels) of a classifier, in float32 on fixed token ids; at most 2 rows."""
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(model.get_input_embeddings().num_embeddings, (2, 32), generator=generator)
+    ids = torch.randint(model.get_input_embeddings().num_embeddings, (2, 32), generator=generator)[:rows]
     model.eval()
     logits: torch.Tensor = model(input_ids=ids.to(model.device)).logits
     return logits.float().cpu()

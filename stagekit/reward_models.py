@@ -16,7 +16,7 @@ from transformers.utils import logging as transformers_logging
 
 from stagekit.errors import ConfigError, StageError
 from stagekit.files import whole_folder
-from stagekit.models import ROUNDING_TOLERANCE, adapter_base, load_tokenizer
+from stagekit.models import ROUNDING_TOLERANCE, adapter_base, fixed_logits, load_tokenizer
 from stagekit.rows import json_object
 
 
@@ -432,16 +432,9 @@ def silent_report() -> Iterator[None]:
         transformers_logging.set_verbosity(level)
 
 
-@torch.no_grad()
 def _probe(model: Any) -> torch.Tensor:
-    """Logits in float32 on fixed token ids (2, 32)."""
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(model.get_input_embeddings().num_embeddings, (2, 32), generator=generator)
-    if model.config.get_text_config().pad_token_id is None:
-        ids = ids[:1]
-    model.eval()
-    logits: torch.Tensor = model(input_ids=ids.to(model.device)).logits
-    return logits.float().cpu()
+    """A classifier without a padding token takes one row at a time."""
+    return fixed_logits(model, rows=1 if model.config.get_text_config().pad_token_id is None else 2)
 
 
 def _differ(before: torch.Tensor, after: torch.Tensor, allowed: float, what: str) -> float:

@@ -160,23 +160,16 @@ def _tracked(trainer: Any, found: Mapping[str, Any]) -> dict[str, float]:
 def _save(job: Job, trainer: Any) -> dict[str, Any]:
     """Save the policy or reward model, whole or not at all: full weights, or the adapter, merged where the stage
     says so."""
-    from stagekit.files import cannot_write, is_full
-
     lora, artifact = job.stage.lora, job.stage.method.artifact
     target = job.folder / ("adapter" if lora is not None and lora.merge else artifact)
     if hasattr(trainer.model, "peft_config") and "ref" in trainer.model.peft_config:
         trainer.model.delete_adapter("ref")
-    try:
-        with whole_folder(target) as folder:
-            trainer.save_model(str(folder))
-            (folder / "training_args.bin").unlink(missing_ok=True)
-            job.checkpoints.mkdir(exist_ok=True)
-            trainer.create_model_card(model_name=job.stage.name)
-            (job.checkpoints / "README.md").replace(folder / "README.md")
-    except Exception as error:
-        if not isinstance(error, OSError) and not is_full(error):
-            raise
-        raise StageError(f"stage {job.stage.name!r}: {cannot_write(target, error)}") from error
+    with whole_folder(target) as folder:
+        trainer.save_model(str(folder))
+        (folder / "training_args.bin").unlink(missing_ok=True)
+        job.checkpoints.mkdir(exist_ok=True)
+        trainer.create_model_card(model_name=job.stage.name)
+        (job.checkpoints / "README.md").replace(folder / "README.md")
     artifacts: dict[str, Any] = {artifact: f"{job.folder.name}/{artifact}"}
     if lora is not None:
         artifacts["adapter"] = f"{job.folder.name}/{target.name}"

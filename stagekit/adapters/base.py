@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 from stagekit.errors import Problem
 from stagekit.options import Options, Tagged
-from stagekit.stage_options import FAMILIES, Identity
+from stagekit.stage_options import FAMILIES
 
 
 if TYPE_CHECKING:
@@ -134,7 +134,3 @@ def setting(stage: TrainingStage, option: str, target: str, value: Any) -> Setti
     method = stage.method
     given = option in method.model_fields_set
     return Setting(target, value, f"{stage.path}.method.{option}" if given else f"default of {method.type}")
-
-
-NOT_TRAINING = "this stage does not train"
-EVALUATING = frozenset({Identity})
