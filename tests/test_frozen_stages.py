@@ -77,7 +77,7 @@ def test_every_training_type_trains_the_last_block_only(
         ({"freeze_base_model": True, "trainable_layers": ["layers.0"]}, {"model.layers.0"}),
         ({"unfreeze_top_n_layers": 2}, {"model.layers.0", "model.layers.1", "model.norm"}),
     ],
-    ids=str,
+    ids=lambda value: str(value) if isinstance(value, dict) else "",
 )
 def test_a_stage_trains_what_its_patterns_leave(
     options: dict[str, Any], expected: set[str], data: dict[str, str], tiny_model_path: str, tmp_path: Path

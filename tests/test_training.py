@@ -123,7 +123,7 @@ def test_early_stopping_sees_the_users_own_metric(data: dict[str, str], tiny_mod
         (("loss", "perplexity", "accuracy"), {"eval_loss", "eval_perplexity", "eval_mean_token_accuracy"}),
         (("loss", "peak"), {"eval_loss", "eval_peak"}),
     ],
-    ids=str,
+    ids=lambda value: "+".join(value) if isinstance(value, tuple) else "",
 )
 def test_metrics_to_track_says_which_metrics_are_kept(
     tracked: tuple[str, ...], expected: set[str], data: dict[str, str], tiny_model_path: str, tmp_path: Path
