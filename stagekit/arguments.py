@@ -111,7 +111,8 @@ def _order(stage: "TrainingStage") -> Iterable[Setting]:
 
 def adam_options(stage: "TrainingStage") -> dict[str, float]:
     """The betas and the epsilon as far as the user set them: an optimiser may have better ones of its own."""
-    return {option: getattr(stage, option) for option in _ADAM if option in stage.model_fields_set}
+    given = {option: getattr(stage, option) for option in _ADAM if option in stage.model_fields_set}
+    return {**{option: stage.trl[option] for option in _ADAM if option in stage.trl}, **given}
 
 
 def _optimizer(stage: "TrainingStage") -> Iterable[Setting]:

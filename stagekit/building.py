@@ -282,7 +282,7 @@ def _callbacks(job: Job, resume: Path | None, over: bool, tracked: Any) -> dict[
     from stagekit import callbacks
 
     stage = job.stage
-    limit = stage.max_duration.total_seconds() if stage.max_duration is not None else None
+    limit = stage.max_duration_seconds
     resumed_at = int(resume.name.rpartition("-")[2]) if resume else 0
     stop = callbacks.StopAndSave(job.stop, job.started, limit)
     found: dict[str, Any] = {
@@ -305,7 +305,7 @@ def _callbacks(job: Job, resume: Path | None, over: bool, tracked: Any) -> dict[
 
     found.update(stage.method.callbacks(job))
     found.update(_events(job, resume))
-    found["totals"] = callbacks.Totals(resume, why)
+    found["totals"] = callbacks.Totals(resume, why, limit)
     found["marker"] = callbacks.Marker(stop.leaves)
     return found
 

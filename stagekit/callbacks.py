@@ -15,6 +15,7 @@ from stagekit.errors import Interrupted, StageError
 from stagekit.files import sync_files, write_text
 from stagekit.groups import EarlyStopping
 from stagekit.hooks import Tracked
+from stagekit.result import OUT_OF_TIME
 from stagekit.show import Show
 from stagekit.stopping import Stop
 
@@ -45,18 +46,27 @@ def _is_whole(checkpoint: Path) -> bool:
         return False
 
 
-def ended(checkpoint: Path) -> str | None:
-    """Why training had ended when the checkpoint was written: `completed`, or a reason; None: there is more to do."""
-    found = json.loads((checkpoint / TOTALS).read_text(encoding="utf-8"))["ended"]
+def ended(checkpoint: Path, limit_seconds: float | None) -> str | None:
+    """Why training had ended when the checkpoint was written: `completed`, or a reason; None: there is more to do.
+
+    Args:
+        limit_seconds: The time that the stage has now. A training that ran out of a shorter one is not over.
+    """
+    totals = json.loads((checkpoint / TOTALS).read_text(encoding="utf-8"))
+    found, had = totals["ended"], totals.get("limit")
+    if found == OUT_OF_TIME and had is not None and (limit_seconds is None or limit_seconds > had):
+        return None
     return None if found is None else str(found)
 
 
 class Totals(TrainerCallback):  # type: ignore[misc]
     """Keeps the sums of the log line under way in each checkpoint, so that a resumed run logs the same numbers."""
 
-    def __init__(self, resume: Path | None, ended: Callable[[], str | None]) -> None:
+    def __init__(
+        self, resume: Path | None, ended: Callable[[], str | None], limit_seconds: float | None = None
+    ) -> None:
         """Go on from `resume`; `ended` says why training stops, or None where it is to go on later."""
-        self._resume, self._ended = resume, ended
+        self._resume, self._ended, self._limit = resume, ended, limit_seconds
         self.trainer: Any = None
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -69,6 +79,7 @@ class Totals(TrainerCallback):  # type: ignore[misc]
             "metrics": trainer._metrics["train"] if hasattr(trainer, "_metrics") else {},
             "tokens": getattr(trainer, "_total_train_tokens", 0),
             "ended": self._ended() if control.should_training_stop else None,
+            "limit": self._limit,
         }
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         write_text(folder / TOTALS, json.dumps(totals, default=float) + "\n")
@@ -205,7 +216,7 @@ class StopAndSave(TrainerCallback):  # type: ignore[misc]
         if self._stop():
             self.reason = "interrupted"
         elif self._limit is not None and time.monotonic() - self._started > self._limit:
-            self.reason = "max_duration"
+            self.reason = OUT_OF_TIME
         if self.reason:
             control.should_save = True
             control.should_training_stop = True

@@ -19,8 +19,9 @@ if TYPE_CHECKING:
 FORMAT = 1
 """Raised when stages come to mean something else, so that results of before are not taken for those of now."""
 
-_SAYS_NOTHING = {"description", "tags", "metadata", "enabled", "save_checkpoint_after", "max_duration"}
-"""Options that do not change what a stage computes, unless its type says that it reads them."""
+_SAYS_NOTHING = {"description", "tags", "metadata", "enabled", "save_checkpoint_after", "max_duration", "callbacks"}
+"""Options that do not change what a stage computes, unless its type says that it reads them. Callbacks observe; and a
+stage that ran out of `max_duration` goes on with a longer one (`walk.py`)."""
 
 _SAMPLE_BYTES = 1 << 20
 
@@ -116,7 +117,7 @@ def _functions(stage: "TrainingStage") -> dict[str, str | None]:
 
     None for a function that its name does not tell from others: a lambda, a closure, a bound method, an instance.
     """
-    return {option: _function(value) for option, value in functions_of(stage)}
+    return {path: _function(value) for path, value in functions_of(stage) if path.split(".")[0] not in _SAYS_NOTHING}
 
 
 def _function(value: Any) -> str | None:

@@ -189,7 +189,8 @@ class EarlyStopping(Options):
 
 
 class Callbacks(Options):
-    """Your own functions at the stage's events. What one of them raises fails the stage."""
+    """Your own functions at the stage's events. What one of them raises fails the stage. They observe: a stage that is
+    done stays so where a callback was edited, added or taken away."""
 
     on_stage_start: Function | None = None
     """Called with the stage, before its model and data are loaded; not where it is skipped."""

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from stagekit.arguments import settings_of
 from stagekit.checks import as_data, data_of, gives_policy, trains
 from stagekit.ledger import ledger
+from stagekit.optimizers import note_on_rate
 from stagekit.rows import rows_of
 from stagekit.sources import parse_data, parse_model
 
@@ -32,6 +33,7 @@ def plan(pipeline: "TrainingPipeline") -> list[dict[str, Any]]:
         start = policy if stage.model is None else stage.model if isinstance(stage.model, str) else "<live model>"
         data = {path: _data(value, made) for path, value in data_of(stage)}
         rows = _rows_to_train(stage, data)
+        steps = _steps(stage, rows)
         entries.append(
             {
                 "stage": stage.name,
@@ -41,12 +43,12 @@ def plan(pipeline: "TrainingPipeline") -> list[dict[str, Any]]:
                 "model": start,
                 "data": data,
                 "rows": rows,
-                "steps": _steps(stage, rows),
+                "steps": steps,
                 "memory": _memory(stage, shapes),
                 "arguments": [
                     {"argument": one.target, "value": one.value, "source": one.source} for one in settings_of(stage)
                 ],
-                "notes": list(stage.method.notes(stage)),
+                "notes": [*stage.method.notes(stage), *_notes_on_rates(stage, steps)],
                 "not_used": [
                     f"{entry.option}: {entry.reason}" for entry in ledger(stage) if entry.disposition != "applied"
                 ],
@@ -112,12 +114,36 @@ def _steps(stage: "TrainingStage", rows: Mapping[str, Any]) -> int | None:
     """Optimiser steps, at most: rows that are dropped make fewer."""
     if not trains(stage) or stage.method.trainer_class is None:
         return 0
-    if stage.max_steps > 0:
-        return stage.max_steps
+    given = {setting.target: setting.value for setting in settings_of(stage)}
+    if given["max_steps"] > 0:
+        return int(given["max_steps"])
     if rows["trained"] is None:
         return None
-    batches = math.ceil(int(rows["trained"]) / stage.batch_size)
-    return int(math.ceil(batches / stage.gradient_accumulation_steps) * stage.epochs)
+    batches = math.ceil(int(rows["trained"]) / given["per_device_train_batch_size"])
+    steps: float = math.ceil(batches / given["gradient_accumulation_steps"]) * given["num_train_epochs"]
+    return math.ceil(steps)
+
+
+def _notes_on_rates(stage: "TrainingStage", steps: int | None) -> Iterator[str]:
+    """Learning rates at which hardly anything is learned: far below what the optimiser needs, or never out of warm-up.
+    An optimiser or a schedule that `trl` names is the user's own business."""
+    if steps == 0:
+        return
+    given = {setting.target: setting.value for setting in settings_of(stage)}
+    rate, warmup = float(given["learning_rate"]), float(given["warmup_steps"])
+    low = note_on_rate(stage.optimizer_override, rate) if "optim" not in stage.trl else None
+    if low is not None:
+        yield f"learning_rate {low}"
+    if steps is None or warmup == 0 or "lr_scheduler_type" in stage.trl:
+        return
+    climb = math.ceil(steps * warmup) if warmup < 1 else int(warmup)
+    if steps == 1:
+        yield "warm-up takes the only step, at a learning rate of 0: nothing is learned; set warmup_ratio: 0"
+    elif climb >= steps:
+        yield (
+            f"warm-up takes all {steps} steps: the learning rate climbs from 0 to {rate * (steps - 1) / climb:g} and "
+            f"never reaches {rate:g}; lower warmup_steps"
+        )
 
 
 def _shapes(model: str | None) -> dict[str, tuple[int, ...]]:

@@ -12,6 +12,9 @@ from stagekit.files import write_text
 
 Status = Literal["completed", "skipped", "stopped", "failed"]
 
+OUT_OF_TIME = "max_duration"
+"""The reason of a stage that ended because its time was up."""
+
 
 @dataclass(frozen=True)
 class StageResult:
@@ -35,6 +38,8 @@ class StageResult:
     description: str | None = None
     tags: tuple[str, ...] = ()
     metadata: Mapping[str, Any] = field(default_factory=dict)
+    max_duration_seconds: float | None = None
+    """The time that the stage was given; None = as much as it needs."""
     run: Path = Path()
 
     @property
@@ -72,7 +77,13 @@ class StageResult:
     @property
     def finished(self) -> bool:
         """Whether there is nothing left to do: completed, skipped, or out of its time budget."""
-        return self.status in {"completed", "skipped"} or (self.status == "stopped" and self.reason == "max_duration")
+        return self.status in {"completed", "skipped"} or (self.status == "stopped" and self.reason == OUT_OF_TIME)
+
+    def goes_on(self, max_duration_seconds: float | None) -> bool:
+        """Whether the stage ran out of its time, and is now given more."""
+        had, has = self.max_duration_seconds, max_duration_seconds
+        ran_out = self.reason.partition(";")[0] == OUT_OF_TIME
+        return ran_out and had is not None and (has is None or has > had)
 
     def write(self, path: Path) -> None:
         """Write the JSON, all or nothing: to a temporary file, fsync, rename."""

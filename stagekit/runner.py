@@ -323,8 +323,7 @@ def _data_seed(stage: "TrainingStage") -> int:
 def _load(task: Task, value: Any, option: str) -> Any:
     from stagekit.data import load_data
 
-    data = as_data(value)
-    where = f"{task.stage.path}.{option}"
+    data, where = as_data(value), f"{task.stage.path}.{option}"
 
     def from_stage(name: str, dataset: str) -> Path:
         return next(result for result in task.results if result.name == name).dataset(dataset)
@@ -438,6 +437,7 @@ def _result(
         description=stage.description,
         tags=stage.tags,
         metadata=_plain_yaml(stage.metadata),
+        max_duration_seconds=stage.max_duration_seconds,
         run=task.run,
     )
 

@@ -65,10 +65,18 @@ class TrainingStage(StageOptions):
         return f"stages.{self.name}"
 
     def resolved_learning_rate(self) -> float:
-        """The learning rate that is used: what was set, or the method's default (ten times that with LoRA)."""
+        """The learning rate that is used: what was set, here or in `trl`, or the method's default (ten times that with
+        LoRA)."""
         if self.learning_rate is not None:
             return self.learning_rate
+        if isinstance(self.trl.get("learning_rate"), int | float):
+            return float(self.trl["learning_rate"])
         return float(f"{self.method.default_learning_rate * (10 if self.lora is not None else 1):.12g}")
+
+    @property
+    def max_duration_seconds(self) -> float | None:
+        """`max_duration` as a number; None = no limit."""
+        return None if self.max_duration is None else self.max_duration.total_seconds()
 
     def to_flat(self, only_set: bool = False) -> dict[str, Any]:
         """The stage in the specification's names: all 108 with their values, or only those that were set.

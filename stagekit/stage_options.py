@@ -127,7 +127,8 @@ class Loop(Options):
     """Optimiser steps; overrides `epochs`, upwards too. 0 = no limit. TRL: `max_steps`, where 0 means one step."""
 
     max_duration: Duration | None = timedelta(hours=24)
-    """Wall-clock limit, from the stage's start; it ends at a checkpoint then, with status `stopped`. None = none."""
+    """Wall-clock limit, from the stage's start; it ends at a checkpoint then, with status `stopped`. Run again with a
+    longer one it goes on from there, with that much time. None = none."""
 
     batch_size: Positive = 8
     """Rows per device and step. TRL: `per_device_train_batch_size` and `per_device_eval_batch_size`."""

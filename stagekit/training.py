@@ -10,6 +10,7 @@ from stagekit.building import build, init_kwargs
 from stagekit.errors import StageError
 from stagekit.files import whole_folder
 from stagekit.job import Job, Outcome
+from stagekit.result import OUT_OF_TIME
 
 
 logger = logging.getLogger(__name__)
@@ -31,7 +32,7 @@ def train(job: Job) -> Outcome:
     if job.stage.is_evaluation_only:
         return evaluate(job)
     resume = last_checkpoint(job.checkpoints)
-    over = ended(resume) if resume is not None else None
+    over = ended(resume, job.stage.max_duration_seconds) if resume is not None else None
     trainer, callbacks = build(job, resume, over is not None)
     rows = len(trainer.train_dataset)
     dropped = {**_count_dropped(job, trainer.rows_given["train"], rows), **job.stage.method.cut(trainer)}
@@ -59,7 +60,7 @@ def train(job: Job) -> Outcome:
         steps=int(trainer.state.global_step),
         samples_trained=rows,
         dropped=dropped,
-        stopped=reason if reason == "max_duration" else "",
+        stopped=reason if reason == OUT_OF_TIME else "",
     )
 
 

@@ -113,6 +113,7 @@ def _kept(
 ) -> dict[str, StageResult]:
     """The results that stand: same digest, finished, and with the files that stages to be run will read."""
     kept: dict[str, StageResult] = {}
+    longer: set[str] = set()
     forced = False
     for index, stage in enumerate(pipeline.stages):
         forced = forced or stage.name == from_stage
@@ -124,6 +125,9 @@ def _kept(
         before = pipeline.stages[index - 1] if index else None
         if stage.run_condition is not None and before is not None and before.enabled and before.name not in kept:
             continue  # the condition reads a result that will be a new one
+        if result.goes_on(stage.max_duration_seconds) or longer & _reads(pipeline, index, list(kept.values())):
+            longer.add(stage.name)
+            continue
         kept[stage.name] = result
     changed = True
     while changed:
@@ -220,12 +224,13 @@ def _how_to_go_on(task: Task) -> str:
 
 def _set_aside(task: Task, again: bool, show: Show) -> None:
     """A finished or begun result of other settings is moved out of the way, not mixed with the new one. One of the
-    same settings is gone on with, unless it is done or what it reads is new: then only its texts stay."""
+    same settings is gone on with, unless it is done or what it reads is new: then only its texts stay. One that ran
+    out of its time is not done where it now has more."""
     before = StageResult.read(task.folder / "result.json", task.run)
     known = _declared_digest(task)
     if known is None or known == task.digest:
         (task.folder / "result.json").unlink(missing_ok=True)
-        if again or (before is not None and before.finished):
+        if again or (before is not None and before.finished and not before.goes_on(task.stage.max_duration_seconds)):
             for name in _MODELS:
                 shutil.rmtree(task.folder / name, ignore_errors=True)
     else:

@@ -38,7 +38,7 @@ def digest(folder: Path, *stages: dict[str, Any], at: int = -1, **given: Any) ->
     return list(digests(pipeline).values())[at]
 
 
-SAYS_NOTHING = {"description", "tags", "metadata", "enabled", "save_checkpoint_after", "max_duration"}
+SAYS_NOTHING = {"description", "tags", "metadata", "enabled", "save_checkpoint_after", "max_duration", "callbacks"}
 OTHER: dict[str, Any] = {
     "name": "other", "training_data": "held.jsonl", "validation_data": "held.jsonl", "learning_rate": 1e-4,
     "description": "x", "tags": ["x"], "metadata": {"a": 1}, "max_duration": "1h", "data_shuffle_seed": 1,
@@ -256,6 +256,11 @@ def test_a_live_function_that_its_name_does_not_tell_makes_the_stage_run_always(
     folder: Path, function: Any, known: bool
 ) -> None:
     assert (digest(folder, {"data_preprocessor": function}) is not None) == known
+
+
+def test_callbacks_observe_so_that_no_function_among_them_changes_the_digest(folder: Path) -> None:
+    given = {"callbacks": {"on_batch_complete": lambda step, loss: None, "on_stage_start": "no_such_module:f"}}
+    assert digest(folder, given) == digest(folder) is not None
 
 
 def test_a_live_model_makes_its_stage_and_those_after_it_run_always(folder: Path) -> None:

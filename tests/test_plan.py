@@ -2,11 +2,13 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from stagekit import DPO, SFT, Constitutional, LoRA, TrainingPipeline, TrainingStage
 from stagekit.plan import as_text, plan
+from tests.running import lines, run
 
 
 @pytest.fixture
@@ -28,6 +30,77 @@ def test_steps_are_batches_over_accumulation_times_epochs(rows: str, tiny_model_
 def test_max_steps_wins_over_epochs(rows: str, tiny_model_path: str) -> None:
     stage = TrainingStage(name="s", training_data=rows, max_steps=5)
     assert plan(TrainingPipeline(model=tiny_model_path, stages=(stage,)))[0]["steps"] == 5
+
+
+def notes(rows: str, model: str, **given: Any) -> list[str]:
+    given = {"training_data": rows, "batch_size": 2, "epochs": 1, **given}
+    stage = TrainingStage(name="s", **{key: value for key, value in given.items() if value is not None})
+    (entry,) = plan(TrainingPipeline(model=model, stages=(stage,)))
+    return list(entry["notes"])
+
+
+def test_arguments_in_trl_count_for_the_steps(rows: str, tiny_model_path: str) -> None:
+    given = {"per_device_train_batch_size": 5, "gradient_accumulation_steps": 2, "num_train_epochs": 4}
+    stage = TrainingStage(name="s", training_data=rows, trl=given)
+    assert plan(TrainingPipeline(model=tiny_model_path, stages=(stage,)))[0]["steps"] == 4
+    stage = TrainingStage(name="s", training_data=rows, trl={"max_steps": 7})
+    assert plan(TrainingPipeline(model=tiny_model_path, stages=(stage,)))[0]["steps"] == 7
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"optimizer_override": "sgd"}, "learning_rate 2e-05 is far below what is usual for 'sgd' (about 0.01)"),
+        ({"optimizer_override": "sgd", "learning_rate": 1e-3}, None),
+        ({"optimizer_override": "sgd", "trl": {"learning_rate": 1e-3}}, None),
+        ({"optimizer_override": "adadelta", "learning_rate": 1e-3}, "usual for 'adadelta' (about 1)"),
+        ({}, None),
+        ({"trl": {"optim": "sgd"}}, None),
+    ],
+)
+def test_a_rate_far_below_the_optimiser_s_own_is_told(
+    given: dict[str, Any], said: str | None, rows: str, tiny_model_path: str
+) -> None:
+    found = notes(rows, tiny_model_path, **given)
+    assert [said in note for note in found] == [True] if said is not None else found == []
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"max_steps": 1}, "the only step, at a learning rate of 0"),
+        ({"max_steps": 1, "warmup_ratio": 0}, None),
+        ({"max_steps": 1, "scheduler_type": "one_cycle"}, None),  # climbs by itself
+        (
+            {"max_steps": 4, "warmup_steps": 4, "learning_rate": 1e-3},
+            "climbs from 0 to 0.00075 and never reaches 0.001",
+        ),
+        ({"max_steps": 4, "warmup_steps": 3}, None),
+        ({"warmup_steps": 8}, "warm-up takes all 5 steps"),  # 10 rows, 2 at a time
+        ({"max_steps": 2}, None),
+        ({"max_steps": 4, "warmup_steps": 8, "trl": {"lr_scheduler_type": "constant"}}, None),
+        ({"is_evaluation_only": True}, None),
+    ],
+)
+def test_a_warm_up_that_never_ends_is_told(
+    given: dict[str, Any], said: str | None, rows: str, tiny_model_path: str
+) -> None:
+    if "is_evaluation_only" in given:
+        given = {**given, "training_data": None, "epochs": None, "validation_data": rows}
+    found = notes(rows, tiny_model_path, **given)
+    assert [said in note for note in found] == [True] if said is not None else found == []
+
+
+def test_the_rates_of_a_warm_up_that_never_ends_are_those_of_the_trainer(
+    rows: str, tiny_model_path: str, tmp_path: Path
+) -> None:
+    given = {"batch_size": 2, "learning_rate": 1e-3, "logging_steps": 1}
+    only = TrainingStage(name="only", training_data=rows, max_steps=1, **given)
+    climb = TrainingStage(name="climb", training_data=rows, max_steps=4, warmup_steps=4, **given)
+    run(tiny_model_path, tmp_path / "run", only, climb)
+    rates = [[line["learning_rate"] for line in lines(tmp_path / "run" / name) if "loss" in line]
+             for name in ("01-only", "02-climb")]  # fmt: skip
+    assert rates == [[0.0], pytest.approx([0.0, 0.00025, 0.0005, 0.00075])]
 
 
 def test_a_constitutional_stage_counts_a_row_per_round_and_one_per_unrevised_prompt(

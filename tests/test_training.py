@@ -20,7 +20,7 @@ from stagekit.adapters import DPO
 from stagekit.errors import ConfigError, StageError
 from stagekit.groups import EarlyStopping, LoRA
 from stagekit.stage import TrainingStage
-from tests.running import lines, run, same, stage
+from tests.running import CrashError, lines, run, same, stage
 
 
 Write = Callable[..., Path]
@@ -197,6 +197,55 @@ def test_max_duration_stops_the_stage_and_the_result_is_kept(
     assert (result["s"].status, result["s"].reason, result["s"].steps) == ("stopped", "max_duration", 1)
     assert same(str(result.policy), tmp_path / "01-s/checkpoints/checkpoint-1")
     assert run(tiny_model_path, tmp_path, only) == result
+
+
+def test_a_stage_that_ran_out_of_time_goes_on_from_its_checkpoint_where_it_has_more(
+    data: dict[str, str], tiny_model_path: str, tmp_path: Path
+) -> None:
+    def two(limit: str | None) -> tuple[Any, Any]:
+        return stage("s", data["sft"], max_duration=limit), stage("after", data["sft"], max_steps=2)
+
+    whole = run(tiny_model_path, tmp_path / "whole", *two(None))
+    short = run(tiny_model_path, tmp_path / "run", *two("0.002s"))
+    assert (short["s"].status, short["s"].steps) == ("stopped", 1)
+    assert run(tiny_model_path, tmp_path / "run", *two("0.001s")) == short, "less time is no reason to start again"
+
+    longer = run(tiny_model_path, tmp_path / "run", *two("0.003s"))
+    assert (longer["s"].status, longer["s"].steps) == ("stopped", 2), "one step further, from the checkpoint"
+    more = run(tiny_model_path, tmp_path / "run", *two("1h"))
+    assert (more["s"].status, more["s"].steps) == ("completed", 8)
+    assert [line["step"] for line in lines(tmp_path / "run/01-s") if "loss" in line] == list(range(1, 9))
+    assert same(str(more["s"].policy), str(whole["s"].policy))
+    assert same(str(more["after"].policy), str(whole["after"].policy)), "what was trained on the old model is new too"
+    assert run(tiny_model_path, tmp_path / "run", *two("1h")) == more
+
+
+def test_a_stage_that_was_killed_when_its_time_was_up_is_over(
+    data: dict[str, str], tiny_model_path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from stagekit import training
+
+    def save(*args: Any) -> None:
+        raise CrashError("before the policy is saved")
+
+    only = stage("s", data["sft"], max_duration="0.001s")
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "_save", save)
+        with pytest.raises(StageError):
+            run(tiny_model_path, tmp_path, only)
+    result = run(tiny_model_path, tmp_path, only)["s"]
+    assert (result.status, result.reason, result.steps) == ("stopped", "max_duration", 1)
+
+
+def test_rate_and_betas_in_trl_reach_an_optimiser_that_trl_has_no_name_for(
+    data: dict[str, str], tiny_model_path: str, tmp_path: Path
+) -> None:
+    adam = {"optimizer_override": "adam", "scheduler_type": "step", "max_steps": 3}
+    own = stage("s", data["sft"], learning_rate=1e-2, adam_beta1=0.5, **adam)
+    trl = stage("s", data["sft"], learning_rate=..., trl={"learning_rate": 1e-2, "adam_beta1": 0.5}, **adam)
+    first, second = run(tiny_model_path, tmp_path / "own", own), run(tiny_model_path, tmp_path / "trl", trl)
+    assert same(str(first.policy), str(second.policy))
+    assert lines(tmp_path / "trl/01-s")[1]["learning_rate"] == 1e-2
 
 
 def test_an_evaluation_only_stage_changes_no_weight_and_makes_no_policy(

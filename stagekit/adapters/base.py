@@ -129,6 +129,12 @@ class Method(Tagged):
         return train(job)
 
 
+def in_effect(stage: TrainingStage, option: str, target: str) -> Any:
+    """The number that the trainer gets for the method option `option`: `trl` counts where the option is not set."""
+    value, other = getattr(stage.method, option), stage.trl.get(target)
+    return value if option in stage.method.model_fields_set or not isinstance(other, int | float) else other
+
+
 def setting(stage: TrainingStage, option: str, target: str, value: Any) -> Setting:
     """A Setting from the method option `option`, with its source told apart: set by the user or the default."""
     method = stage.method

@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from stagekit.adapters.base import Method, Setting, setting
+from stagekit.adapters.base import Method, Setting, in_effect, setting
 from stagekit.adapters.references import (
     cache_arguments,
     precomputes,
@@ -150,17 +150,18 @@ class DPO(Method):
         if reference_of(stage).mode in {"none", "base"} or self.mix:
             return None
         e, m, ln2 = self.label_smoothing, self.margin, math.log(2)
+        beta = in_effect(stage, "beta", "beta")
         if self.loss == "hinge":
             return 1.0 if m is None else m
         wrong, right = math.log1p(math.exp(m or 0.0)), math.log1p(math.exp(-(m or 0.0)))
         at_zero = {
             "sigmoid": wrong,
             "conservative": (1 - e) * wrong + e * right,
-            "ipo": 1 / (2 * self.beta) ** 2,
+            "ipo": 1 / (2 * beta) ** 2,
             "nca": 2 * ln2,
             "apo": 1.0,
             "apo_down": 1.0,
-            "sppo": 0.5 / self.beta**2,
+            "sppo": 0.5 / beta**2,
             "aot": ln2,
         }
         if self.loss == "robust":

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from stagekit.adapters.base import Method, Setting, setting
+from stagekit.adapters.base import Method, Setting, in_effect, setting
 from stagekit.adapters.references import (
     reference_built,
     reference_callbacks,
@@ -83,6 +83,7 @@ class KTO(Method):
 
     def step0_loss(self, stage: "TrainingStage") -> float | None:
         """At policy == reference every row's loss is its weight times 1 - sigmoid(0)."""
-        if reference_of(stage).mode == "base" or self.desirable_weight != self.undesirable_weight:
+        good, bad = (in_effect(stage, side, side) for side in ("desirable_weight", "undesirable_weight"))
+        if reference_of(stage).mode == "base" or good != bad:
             return None
-        return 0.5 * self.desirable_weight
+        return 0.5 * float(good)

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from stagekit.adapters.base import Method, Setting, setting
+from stagekit.adapters.base import Method, Setting, in_effect, setting
 from stagekit.adapters.references import OWNED
 from stagekit.errors import Problem
 from stagekit.options import Fraction, NonNegativeFloat, PositiveFloat
@@ -129,5 +129,6 @@ class SimPO(ReferenceFree):
 
     def notes(self, stage: "TrainingStage") -> Iterable[str]:
         """A beta at which nothing happens."""
-        if self.beta < 0.5:
-            yield f"beta {self.beta:g} is far below the paper's 2 to 2.5; averaged log-probabilities are small numbers"
+        beta = in_effect(stage, "beta", "beta")
+        if beta < 0.5:
+            yield f"beta {beta:g} is far below the paper's 2 to 2.5; averaged log-probabilities are small numbers"

@@ -13,7 +13,7 @@ from trl import DPOConfig, KTOConfig, KTOTrainer
 from stagekit import CPO, DPO, KTO, ORPO, ConfigError, LoRA, Reference, SimPO, TrainingStage
 from stagekit.trainers.preference import ORPOTrainer, ReferenceFreeDPOTrainer, kto_rows
 from tests.running import lines, run, stage
-from tests.test_trl_equivalence import COMMON, bare, staged
+from tests.test_trl_equivalence import COMMON, agree, bare, staged
 
 
 LOSSES: list[tuple[dict[str, Any], float]] = [
@@ -49,6 +49,33 @@ def test_the_first_loss_of_every_reference_based_method_is_the_closed_form_at_po
     assert lines(tmp_path / "run" / "01-dpo")[0]["loss"] == pytest.approx(expected, rel=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("method", "trl", "expected"),
+    [
+        (DPO(loss="ipo"), {"beta": 0.25}, 4.0),
+        (DPO(loss="ipo", beta=0.5), {"beta": 0.25}, 1.0),
+        (DPO(loss="sppo"), {"beta": 1}, 0.5),
+        (KTO(), {"desirable_weight": 2.0, "undesirable_weight": 2.0}, 1.0),
+        (KTO(), {"desirable_weight": 2.0}, None),
+    ],
+    ids=str,
+)
+def test_an_argument_in_trl_counts_for_the_first_loss_where_its_option_is_not_set(
+    method: Any,
+    trl: dict[str, Any],
+    expected: float | None,
+    tiny_model_path: str,
+    preference_rows: list[Any],
+    write_rows: Callable[..., Path],
+    tmp_path: Path,
+) -> None:
+    one = stage("s", str(write_rows(preference_rows)), method, max_steps=1, trl=trl)
+    assert one.method.step0_loss(one) == expected
+    run(tiny_model_path, tmp_path / "run", one)
+    if expected is not None:
+        assert lines(tmp_path / "run" / "01-s")[0]["loss"] == pytest.approx(expected, rel=1e-4)
+
+
 def test_discopop_and_mixes_train(
     tiny_model_path: str, preference_rows: list[Any], write_rows: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -63,7 +90,7 @@ def test_discopop_and_mixes_train(
 def test_kto_trains_as_the_bare_trainer_does(
     tiny_model_path: str, preference_rows: list[Any], write_rows: Callable[..., Path], tmp_path: Path
 ) -> None:
-    losses, _ = staged(tiny_model_path, tmp_path / "run", write_rows(preference_rows), KTO(beta=0.2))
+    losses, policy = staged(tiny_model_path, tmp_path / "run", write_rows(preference_rows), KTO(beta=0.2))
     config = KTOConfig(
         output_dir=str(tmp_path / "trl"),
         beta=0.2,
@@ -79,6 +106,7 @@ def test_kto_trains_as_the_bare_trainer_does(
     )
     assert losses == bare(trainer)
     assert losses[0] == pytest.approx(0.5, rel=1e-4)
+    assert agree(trainer.model, policy)
 
 
 def test_rows_that_kto_leaves_out_are_counted_after_pairs_are_taken_apart(
