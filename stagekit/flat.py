@@ -111,7 +111,8 @@ def as_spelled(given: Mapping[str, Any], loc: Location) -> Location:
             return (name, *loc[1:])
         if key in loc[1:]:
             return (name, *loc[loc.index(key) + 1 :])
-    return loc
+    inside = [name for name, home in MOVED.items() if name in given and home.path.startswith(f"{loc[0]}.")]
+    return (inside[0],) if len(loc) == 1 and inside else loc
 
 
 def path_as_spelled(given: Mapping[str, Any], path: str) -> str:

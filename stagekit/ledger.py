@@ -6,6 +6,7 @@
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+from stagekit.adapters import METHODS
 from stagekit.adapters.base import SLOTS
 from stagekit.errors import Problem
 from stagekit.flat import FLAT
@@ -40,6 +41,7 @@ class Entry(NamedTuple):
 
 
 _ONLY_TRAINING = (OptimizerOptions, ScheduleOptions, FreezingOptions, CheckpointOptions)
+_ROWS_TO_TRAIN = {"data_mixing_ratios", "shuffle_data", "data_shuffle_seed", "max_training_samples"}
 _LOOP_OF_EVALUATION = {"batch_size", "random_seed", "use_deterministic_algorithms"}
 
 
@@ -94,17 +96,26 @@ def not_applicable(stage: "TrainingStage", option: str) -> str | None:
     if option == "custom_loss_function" and not method.takes_loss and Loop in method.families:
         return f"stage type {method.type!r} defines its loss itself; sft and constitutional take one of yours"
     if option in SLOTS:
-        return None if option in method.slots else f"stage type {method.type!r} has no use for it"
+        return None if option in method.slots else _no_use(stage, option)
     family = family_of("scheduler_type" if option == "scheduler_kwargs" else option)
     if family is None:
         return None
     if family not in method.families:
-        return f"stage type {method.type!r} has no use for it"
+        return _no_use(stage, option)
     if stage.is_evaluation_only and (
         family in _ONLY_TRAINING or (family is Loop and option not in _LOOP_OF_EVALUATION)
     ):
         return "is_evaluation_only: true does not train"
+    if stage.is_evaluation_only and option in _ROWS_TO_TRAIN:
+        return "is_evaluation_only: true measures every row of validation_data as it is"
     return None
+
+
+def _no_use(stage: "TrainingStage", option: str) -> str:
+    """That the type has no use for a slot or a family, with the way out: the type's own, or who has one."""
+    method = stage.method
+    carriers = [name for name, cls in METHODS.items() if option in cls.slots and cls.missing is None]
+    return method.instead or f"stage type {method.type!r} has no use for it; it belongs to {', '.join(carriers)}"
 
 
 def problems_of_stage(stage: "TrainingStage") -> list[Problem]:
@@ -234,18 +245,23 @@ def _freezing(stage: "TrainingStage") -> Iterable[Problem]:
 
 
 def _data(stage: "TrainingStage") -> Iterable[Problem]:
-    named = isinstance(stage.training_data, Mapping)
-    if stage.is_evaluation_only or not stage.method.needs_data:
-        if stage.validation_data is None and stage.method.type != "custom":
+    if stage.is_evaluation_only or "training_data" in stage.method.refused:
+        if stage.validation_data is None:
             yield Problem("validation_data", "missing; an evaluation needs data to measure on")
         if stage.is_evaluation_only and stage.training_data is not None:
             yield Problem(
                 "training_data", "has no effect with is_evaluation_only: true; put the data in validation_data"
             )
         return
-    if stage.training_data is None:
+    if stage.training_data is None and stage.method.needs_data:
         wanted = " or ".join(" + ".join(columns) for columns in stage.method.columns)
         yield Problem("training_data", f"missing; {stage.method.type} trains on data with {wanted}")
+    yield from _order_of_rows(stage)
+
+
+def _order_of_rows(stage: "TrainingStage") -> Iterable[Problem]:
+    """How rows are mixed, drawn and ordered."""
+    given, named = stage.model_fields_set, isinstance(stage.training_data, Mapping)
     if named and stage.data_mixing_ratios is None:
         yield Problem("data_mixing_ratios", "missing; training_data names several sets, say the share of each")
     if stage.data_mixing_ratios is not None:
@@ -257,8 +273,17 @@ def _data(stage: "TrainingStage") -> Iterable[Problem]:
                 yield Problem(
                     "data_mixing_ratios", f"its names must be those of training_data; only one has {different}"
                 )
-    if "data_shuffle_seed" in stage.model_fields_set and not stage.shuffle_data and not named:
+    if "data_shuffle_seed" in given and not stage.shuffle_data and not named:
         yield Problem("data_shuffle_seed", "has no effect with shuffle_data: false")
+    if stage.training_data is None and stage.max_training_samples is not None and not stage.method.needs_data:
+        yield Problem("max_training_samples", "has no effect without training_data")
+    if stage.method.trains:
+        return
+    untouched = "the function gets every row, in the order of the data"
+    if "shuffle_data" in given and stage.max_training_samples is None:
+        yield Problem("shuffle_data", f"has no effect without max_training_samples: {untouched}")
+    if "data_shuffle_seed" in given and stage.max_training_samples is None and not named:
+        yield Problem("data_shuffle_seed", f"has no effect without max_training_samples or a mix: {untouched}")
 
 
 def _measuring(stage: "TrainingStage") -> Iterable[Problem]:

@@ -289,8 +289,8 @@ VARIED: tuple[dict[str, Any], ...] = (
 @pytest.mark.parametrize("kind", [kind for kind in BUILT if METHODS[kind].trainer_class])
 @pytest.mark.parametrize("given", VARIED)
 def test_every_argument_is_one_field_of_the_installed_config(kind: str, given: dict[str, Any]) -> None:
-    if kind == "evaluation":
-        given = {"training_data": None, "validation_data": "v"}
+    if kind == "evaluation" or (kind == "constitutional" and "is_evaluation_only" in given):
+        kind, given = "evaluation", {"training_data": None, "validation_data": "v"}
     targets = [setting.target for setting in settings_of(stage(method=kind, **{"model": "m", **given}))]
     assert len(targets) == len(set(targets))
     config = METHODS[kind].config_class

@@ -53,9 +53,9 @@ OF_ALL = {
     "run_condition": st.just("pkg.mod:condition"),
     "data_preprocessor": st.just("pkg.mod:preprocess"),
     "random_seed": st.integers(0, 2**32 - 1),
-    "use_deterministic_algorithms": st.booleans(),
 }
 OF_TRAINING = {
+    "use_deterministic_algorithms": st.booleans(),
     "max_steps": st.integers(0, 10),
     "epochs": POSITIVE,
     "max_duration": st.none() | st.timedeltas(timedelta(seconds=1), timedelta(days=400)),
@@ -114,7 +114,10 @@ SELECTED = {
         {"stage_type": st.just("custom"), "custom_training_function": st.just("pkg.mod:train")},
         {"training_data": st.just("rows.jsonl")},
     ),
-    "evaluation": ({"stage_type": st.just("evaluation")}, {"batch_size": POSITIVE}),
+    "evaluation": (
+        {"stage_type": st.just("evaluation")},
+        {"batch_size": POSITIVE, "use_deterministic_algorithms": st.booleans()},
+    ),
 }
 
 

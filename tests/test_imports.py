@@ -72,6 +72,7 @@ DECLARATION = {
     "flat": {"adapters", "errors", "groups", "options", "selectors", "stage_options"},
     "freezing": {"errors"},
     "ledger": {
+        "adapters",
         "adapters.base",
         "errors",
         "flat",

@@ -110,14 +110,45 @@ def test_a_value_that_is_not_built_is_refused_with_what_is_missing(path: str, va
     assert key in {"", "loss", "mode"} and group in TrainingStage.model_fields
 
 
+UNTOUCHED = "the function gets every row, in the order of the data"
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, []),
+        ({"training_data": {"a": "x.jsonl"}},
+         [("data_mixing_ratios", "missing; training_data names several sets, say the share of each")]),
+        ({"data_mixing_ratios": {"a": 1}}, [("data_mixing_ratios", "needs training_data as a mapping name -> data")]),
+        ({"training_data": "x.jsonl", "max_training_samples": 4, "shuffle_data": False}, []),
+        ({"training_data": "x.jsonl", "max_training_samples": 4, "data_shuffle_seed": 1}, []),
+        ({"max_training_samples": 4}, [("max_training_samples", "has no effect without training_data")]),
+        ({"training_data": "x.jsonl", "shuffle_data": False},
+         [("shuffle_data", f"has no effect without max_training_samples: {UNTOUCHED}")]),
+        ({"training_data": "x.jsonl", "data_shuffle_seed": 1},
+         [("data_shuffle_seed", f"has no effect without max_training_samples or a mix: {UNTOUCHED}")]),
+    ],
+)  # fmt: skip
+def test_a_custom_stage_has_its_rows_mixed_and_drawn_and_nothing_else(
+    given: dict[str, Any], expected: list[tuple[str, str]]
+) -> None:
+    assert problems(method={"type": "custom", "function": "json:loads"}, **given) == expected
+
+
 @pytest.mark.parametrize("kind", [kind for kind in METHODS if METHODS[kind].missing is not None])
 def test_a_type_that_is_not_built_says_what_it_waits_for(kind: str) -> None:
     assert problems(method=kind) == [("method.type", f"{kind!r} is not built yet: {METHODS[kind].missing}")]
 
 
+def test_a_constitutional_stage_does_not_only_measure() -> None:
+    given = {**OF_TYPE["constitutional"], "is_evaluation_only": True, "training_data": None, "validation_data": "v"}
+    told = ("is_evaluation_only", "constitutional writes texts to learn them; use method: evaluation")
+    assert told in problems(**given)
+
+
 NO_TRAINING = "an evaluation stage does not train; put it on the stage that does"
 OWN = "a custom stage does only what its function does; pass the value to the function through metadata"
-NO_USE = "stage type {!r} has no use for it"
+NO_USE = "stage type {!r} has no use for it; it belongs to "
 AS_IT_IS = "an evaluation stage measures every row of validation_data as it is"
 STILL = "is_evaluation_only: true does not train"
 
@@ -132,28 +163,33 @@ STILL = "is_evaluation_only: true does not train"
          "an evaluation stage measures validation_data; put the data there"),
         ("evaluation", {"shuffle_data": False}, "shuffle_data", AS_IT_IS),
         ("evaluation", {"max_training_samples": 5}, "max_training_samples", AS_IT_IS),
-        ("evaluation", {"learning_rate": 1e-5}, "learning_rate", NO_USE),
-        ("evaluation", {"warmup_steps": 5}, "warmup_steps", NO_USE),
-        ("evaluation", {"logging_steps": 5}, "logging_steps", NO_USE),
-        ("evaluation", {"save_only_best": True}, "save_only_best", NO_USE),
-        ("evaluation", {"early_stopping": {}}, "early_stopping", NO_USE),
-        ("evaluation", {"lora": {}}, "lora", NO_USE),
-        ("evaluation", {"use_lora": True}, "use_lora", NO_USE),
-        ("evaluation", {"reference": {}}, "reference", NO_USE),
+        ("evaluation", {"learning_rate": 1e-5}, "learning_rate", NO_TRAINING),
+        ("evaluation", {"warmup_steps": 5}, "warmup_steps", NO_TRAINING),
+        ("evaluation", {"logging_steps": 5}, "logging_steps", NO_TRAINING),
+        ("evaluation", {"save_only_best": True}, "save_only_best", NO_TRAINING),
+        ("evaluation", {"early_stopping": {}}, "early_stopping", NO_TRAINING),
+        ("evaluation", {"lora": {}}, "lora", NO_TRAINING),
+        ("evaluation", {"use_lora": True}, "use_lora", NO_TRAINING),
+        ("evaluation", {"reference": {}}, "reference", NO_TRAINING),
         ("custom", {"epochs": 1}, "epochs", OWN),
+        ("custom", {"use_deterministic_algorithms": True}, "use_deterministic_algorithms", OWN),
+        *(("sft", {"is_evaluation_only": True, "validation_data": "v", "training_data": None, option: value}, option,
+           "is_evaluation_only: true measures every row of validation_data as it is")
+          for option, value in {"shuffle_data": False, "data_shuffle_seed": 1, "max_training_samples": 5,
+                                "data_mixing_ratios": {"a": 1}}.items()),
         ("custom", {"max_duration": "1h"}, "max_duration", OWN),
-        ("custom", {"learning_rate": 1e-5}, "learning_rate", NO_USE),
-        ("custom", {"use_mixed_precision": True}, "use_mixed_precision", NO_USE),
-        ("custom", {"trl": {"max_length": 5}}, "trl", NO_USE),
-        ("custom", {"metrics_to_track": ["loss"]}, "metrics_to_track", NO_USE),
-        ("sft", {"reference": {"mode": "copy"}}, "reference", NO_USE),
-        ("sft", {"generation": {}}, "generation", NO_USE),
-        ("dpo", {"generation": {"temperature": 0}}, "generation", NO_USE),
-        ("constitutional", {"reference": {}}, "reference", NO_USE),
+        ("custom", {"learning_rate": 1e-5}, "learning_rate", OWN),
+        ("custom", {"use_mixed_precision": True}, "use_mixed_precision", OWN),
+        ("custom", {"trl": {"max_length": 5}}, "trl", OWN),
+        ("custom", {"metrics_to_track": ["loss"]}, "metrics_to_track", OWN),
+        ("sft", {"reference": {"mode": "copy"}}, "reference", NO_USE + "dpo, kto"),
+        ("sft", {"generation": {}}, "generation", NO_USE + "constitutional"),
+        ("dpo", {"generation": {"temperature": 0}}, "generation", NO_USE + "constitutional"),
+        ("constitutional", {"reference": {}}, "reference", NO_USE + "dpo, kto"),
         *(
             (kind, {"is_evaluation_only": True, "validation_data": "v", "training_data": None, option: value},
              option, STILL)
-            for kind in ("sft", "dpo", "constitutional")
+            for kind in ("sft", "dpo", "reward")
             for option, value in {"learning_rate": 1e-5, "epochs": 1, "warmup_steps": 3, "save_only_best": True,
                                   "optimizer_override": "sgd", "max_steps": 5}.items()
         ),

@@ -49,6 +49,8 @@ class Method(Tagged):
     """Slots that the type uses."""
     refused: ClassVar[Mapping[str, str]] = {}
     """Single stage options that the type cannot use: name -> reason and way out."""
+    instead: ClassVar[str] = ""
+    """The way out for options of families and slots that the type does not use."""
     columns: ClassVar[Sequence[Sequence[str]]] = ()
     """The columns that training data must have: alternatives, each a set."""
     makes: ClassVar[tuple[str, ...]] = ()

@@ -84,7 +84,10 @@ class Constitutional(Method):
     takes_loss: ClassVar = True
 
     def problems(self, stage: "TrainingStage") -> Iterable[Problem]:
-        """Names in `unrevised` must be sets of the mix; an empty constitution says nothing."""
+        """Names in `unrevised` must be sets of the mix; an empty constitution says nothing; texts that nobody learns
+        are not written."""
+        if stage.is_evaluation_only:
+            yield Problem("is_evaluation_only", "constitutional writes texts to learn them; use method: evaluation")
         if self.principles is not None and not self.principles:
             yield Problem(
                 "method.principles", "an empty list leaves nothing to criticise; leave it out for the default set"

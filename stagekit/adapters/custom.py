@@ -28,10 +28,12 @@ class Custom(Method):
     summary: ClassVar = "calls a function of your own with the model and the data"
     families: ClassVar = frozenset({Identity, DataOptions, Loop, CallbackOptions})
     slots: ClassVar = frozenset({"model"})
+    instead: ClassVar = OWN_FUNCTION
     refused: ClassVar = {
         **dict.fromkeys(
             ("epochs", "max_steps", "batch_size", "gradient_accumulation_steps", "use_gradient_checkpointing",
-             "max_gradient_norm", "custom_loss_function", "max_duration", "is_evaluation_only"),
+             "max_gradient_norm", "custom_loss_function", "max_duration", "is_evaluation_only",
+             "use_deterministic_algorithms"),
             OWN_FUNCTION,
         ),
     }  # fmt: skip

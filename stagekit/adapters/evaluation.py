@@ -31,6 +31,7 @@ class Evaluation(Method):
     config_class: ClassVar = "trl:SFTConfig"
     families: ClassVar = frozenset({Identity, DataOptions, Loop, PrecisionOptions, EvaluationOptions, CallbackOptions})
     slots: ClassVar = frozenset({"model", "trl"})
+    instead: ClassVar = NO_TRAINING
     refused: ClassVar = {
         **dict.fromkeys(
             ("epochs", "max_steps", "gradient_accumulation_steps", "use_gradient_checkpointing", "max_gradient_norm",

@@ -63,15 +63,15 @@ class KTO(Method):
         yield from reference_problems(stage)
 
     def rows(self, job: "Job", dataset: Any) -> Any:
-        """Pairs taken apart and shuffled so that every batch has good and bad ones; the order depends on the seed."""
+        """Pairs taken apart so that every batch has good and bad ones; in an order that the seed decides, or in the
+        data's with `shuffle_data: false`."""
         if dataset is None:
             return None
         from stagekit.trainers.preference import kto_rows
 
         stage = job.stage
-        if not stage.shuffle_data and "label" in dataset.column_names:
-            return dataset
-        return kto_rows(dataset, stage.random_seed if stage.data_shuffle_seed is None else stage.data_shuffle_seed)
+        seed = stage.random_seed if stage.data_shuffle_seed is None else stage.data_shuffle_seed
+        return kto_rows(dataset, seed if stage.shuffle_data else None)
 
     def callbacks(self, job: "Job") -> dict[str, Any]:
         """Those that update the reference."""

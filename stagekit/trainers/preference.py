@@ -267,7 +267,7 @@ class SoftLabelDPOTrainer(SoftLabels, CachedReference, DPOTrainer):  # type: ign
     """
 
 
-def kto_rows(dataset: Dataset, seed: int) -> Dataset:
+def kto_rows(dataset: Dataset, seed: int | None) -> Dataset:
     """Rows with prompt, completion and label for TRL's `KTOTrainer`, in a random order that the seed decides.
 
     TRL unpairs too, but into blocks of 1000 good completions and 1000 bad ones, and KTO reads in sequence: whole
@@ -278,7 +278,7 @@ def kto_rows(dataset: Dataset, seed: int) -> Dataset:
     Args:
         dataset: chosen and rejected, with prompt or with the prompt in both; or prompt, completion and label. Texts
             or conversations.
-        seed: Of the shuffle.
+        seed: Of the shuffle. None: the order of the data; of a pair the good completion first.
 
     Raises:
         ConfigError: other columns, or streamed data.
@@ -288,7 +288,7 @@ def kto_rows(dataset: Dataset, seed: int) -> Dataset:
     columns = set(dataset.column_names)
     random = np.random.default_rng(seed)
     if {"prompt", "completion", "label"} <= columns:
-        return dataset.select(random.permutation(len(dataset)))
+        return dataset if seed is None else dataset.select(random.permutation(len(dataset)))
     if not {"chosen", "rejected"} <= columns:
         raise ConfigError(
             "kto needs columns prompt, completion and label, or chosen and rejected; the data has "
@@ -298,8 +298,10 @@ def kto_rows(dataset: Dataset, seed: int) -> Dataset:
         dataset = dataset.map(extract_prompt)
     unpaired = unpair_preference_dataset(dataset)
     labels = np.array(unpaired["label"][:])
-    kinds = [random.permutation(np.flatnonzero(labels == label)) for label in (True, False)]
-    couples = random.permuted(np.stack(kinds, axis=1), axis=1)
+    kinds = [np.flatnonzero(labels == label) for label in (True, False)]
+    if seed is not None:
+        kinds = [random.permutation(kind) for kind in kinds]
+    couples = np.stack(kinds, axis=1) if seed is None else random.permuted(np.stack(kinds, axis=1), axis=1)
     return unpaired.select(couples.reshape(-1))
 
 

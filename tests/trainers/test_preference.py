@@ -638,6 +638,14 @@ def test_kto_rows_depend_on_the_seed_only(preference_rows: list[Any]) -> None:
     assert kto_rows(data, 1).to_list() == kto_rows(data, 1).to_list() != kto_rows(data, 2).to_list()
 
 
+def test_kto_rows_without_a_seed_keep_the_order_and_still_mix_the_labels(preference_rows: list[Any]) -> None:
+    rows = kto_rows(Dataset.from_list(preference_rows), None)
+    assert rows["label"][:] == [True, False] * 16
+    assert rows["completion"][:4] == [preference_rows[n][side] for n in (0, 1) for side in ("chosen", "rejected")]
+    labelled = rows.select(range(5))
+    assert kto_rows(labelled, None).to_list() == labelled.to_list()
+
+
 def test_unpaired_rows_are_only_shuffled() -> None:
     data = Dataset.from_list([{"prompt": "p", "completion": str(n), "label": n < 3, "extra": n} for n in range(20)])
     rows = kto_rows(data, 0)
