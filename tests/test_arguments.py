@@ -194,7 +194,7 @@ def test_each_schedule_is_one_of_trl_s(given: dict[str, Any], name: str, kwargs:
     [({}, 0.1), ({"warmup_ratio": 0.25}, 0.25), ({"warmup_steps": 5}, 5), ({"warmup_steps": 0}, 0.1),
      ({"warmup_steps": 5, "warmup_ratio": 0}, 5), ({"warmup_ratio": 0}, 0)],
 )  # fmt: skip
-def test_warm_up_is_a_share_below_1_or_a_number_of_steps(given: dict[str, Any], warmup: float) -> None:
+def test_t25_warm_up_is_a_share_below_1_or_a_number_of_steps(given: dict[str, Any], warmup: float) -> None:
     assert values(**given)["warmup_steps"] == warmup
 
 

@@ -29,7 +29,7 @@ def evaluations(callback: StopEarly, values: list[float], key: str = "eval_loss"
     return None
 
 
-def test_steady_small_gains_do_not_stop_training() -> None:
+def test_t51_steady_small_gains_do_not_stop_training() -> None:
     """Trap T51: transformers' callback compares with a delta to the best checkpoint and stops at the fourth."""
     series = [1.0 - 0.05 * step for step in range(15)]
     assert evaluations(StopEarly(EarlyStopping(patience=3, min_delta=0.04), "eval_loss"), series) is None
@@ -51,7 +51,7 @@ def test_a_loss_that_is_no_number_stops_at_once() -> None:
     assert evaluations(StopEarly(EarlyStopping(patience=9), "eval_loss"), [1.0, math.nan]) == 2
 
 
-def test_a_metric_that_was_not_measured_is_told_with_those_that_were() -> None:
+def test_t49_a_metric_that_was_not_measured_is_told_with_those_that_were() -> None:
     callback = StopEarly(EarlyStopping(metric="f1"), "eval_f1")
     with pytest.raises(
         StageError, match=r"early_stopping\.metric: no metric 'eval_f1' was measured; there are: eval_a"
@@ -77,7 +77,7 @@ def test_checkpoints_by_epoch_come_at_the_ends_of_every_nth_epoch(epoch: float, 
     assert control.should_save is saves
 
 
-def test_no_second_checkpoint_at_a_step_that_has_one(tmp_path: Path) -> None:
+def test_t52_no_second_checkpoint_at_a_step_that_has_one(tmp_path: Path) -> None:
     """Trap T52."""
     (tmp_path / "checkpoint-7").mkdir()
     (tmp_path / "checkpoint-7" / MARK).write_text("{}")
@@ -87,7 +87,7 @@ def test_no_second_checkpoint_at_a_step_that_has_one(tmp_path: Path) -> None:
     assert not control.should_save
 
 
-def test_time_that_is_up_stops_at_a_checkpoint_but_not_after_the_last_step() -> None:
+def test_t54_time_that_is_up_stops_at_a_checkpoint_but_not_after_the_last_step() -> None:
     callback = StopAndSave(Stop(), started=-1e9, limit_seconds=1.0)
     control = TrainerControl()
     callback.on_step_end(ARGS, TrainerState(global_step=4, max_steps=4), control)

@@ -140,12 +140,12 @@ def ran(rows: Dataset, tiny_model_path: str, tmp_path: Path) -> tuple[Any, Seen,
 
 @pytest.mark.parametrize("trainer", TRAINERS, ids=lambda trainer: trainer.__name__)
 @pytest.mark.parametrize("name", sorted(SIGNATURES))
-def test_a_method_has_the_parameters_that_stagekit_knows(name: str, trainer: Any) -> None:
+def test_t50_a_method_has_the_parameters_that_stagekit_knows(name: str, trainer: Any) -> None:
     assert list(inspect.signature(getattr(trainer, name)).parameters)[1:] == SIGNATURES[name]
 
 
 @pytest.mark.parametrize("trainer", [DPOTrainer, KTOTrainer], ids=lambda trainer: trainer.__name__)
-def test_references_are_precomputed_with_rows_name_and_size(trainer: Any) -> None:
+def test_t50_references_are_precomputed_with_rows_name_and_size(trainer: Any) -> None:
     parameters = list(inspect.signature(trainer._precompute_ref_logps).parameters)
     assert parameters == ["self", "dataset", "name", "batch_size"]
 
@@ -155,7 +155,7 @@ def test_the_model_card_takes_tags_by_name() -> None:
         assert {"tags", "model_name"} <= set(inspect.signature(trainer.create_model_card).parameters)
 
 
-def test_everything_that_the_mixin_overrides_is_there() -> None:
+def test_t50_everything_that_the_mixin_overrides_is_there() -> None:
     own = {name for name, one in vars(Hooked).items() if inspect.isfunction(one)} - {"_own_metrics"}
     known = {*SIGNATURES, "training_step", "create_model_card", "_precompute_ref_logps"}
     assert own <= known

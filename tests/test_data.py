@@ -201,7 +201,7 @@ def test_streams_and_named_sets_without_ratios_are_refused() -> None:
     st.lists(st.tuples(st.integers(10, 400), st.floats(0.05, 20)), min_size=1, max_size=5),
 )
 @settings(max_examples=200, deadline=None)
-def test_mixing_counts_are_exact(sets: list[tuple[int, float]]) -> None:
+def test_t22_mixing_counts_are_exact(sets: list[tuple[int, float]]) -> None:
     lengths = {str(i): length for i, (length, _) in enumerate(sets)}
     ratios = {str(i): ratio for i, (_, ratio) in enumerate(sets)}
     counts = mixing_counts(lengths, ratios)
@@ -226,11 +226,13 @@ def test_mixing_counts_are_exact(sets: list[tuple[int, float]]) -> None:
         ({"a": 99, "b": 99, "c": 2}, {"a": 4, "b": 3, "c": 3}, {"a": 2, "b": 2, "c": 2}),
     ],
 )
-def test_mixing_counts_by_hand(lengths: dict[str, int], ratios: dict[str, float], expected: dict[str, int]) -> None:
+def test_t22_mixing_counts_by_hand(
+    lengths: dict[str, int], ratios: dict[str, float], expected: dict[str, int]
+) -> None:
     assert mixing_counts(lengths, ratios) == expected
 
 
-def test_a_mixture_uses_no_row_twice_and_depends_on_the_seed_only() -> None:
+def test_t22_a_mixture_uses_no_row_twice_and_depends_on_the_seed_only() -> None:
     sets = {"a": numbers(100), "b": numbers(10, 1000)}
     mixed = mix(sets, {"a": 3, "b": 1}, seed=0, where="ratios")["n"][:]
     assert len(mixed) == len(set(mixed)) == 40
@@ -258,12 +260,12 @@ def test_a_mixture_can_tell_where_each_row_is_from() -> None:
         ({"a": 1, "b": 1e-9}, "ratios.b: with ratio 1e-09 no row"),
     ],
 )
-def test_wrong_ratios_are_refused(ratios: dict[str, float], expected: str) -> None:
+def test_t22_wrong_ratios_are_refused(ratios: dict[str, float], expected: str) -> None:
     with pytest.raises(ConfigError, match=expected):
         mix({"a": numbers(3), "b": numbers(3)}, ratios, 0, "ratios")
 
 
-def test_differing_columns_are_refused_with_every_difference() -> None:
+def test_t22_differing_columns_are_refused_with_every_difference() -> None:
     sets = {"a": Dataset.from_dict({"x": [1], "y": ["s"]}), "b": Dataset.from_dict({"x": ["1"], "z": ["s"]})}
     with pytest.raises(ConfigError) as raised:
         mix(sets, {"a": 1, "b": 1}, 0, "ratios")

@@ -152,7 +152,7 @@ def holding(cls: Any, before_optimizer: Any) -> Any:
         ("model", 110),
     ],
 )
-def test_a_pattern_means_these_many_weights(pattern: str, count: int) -> None:
+def test_t33_a_pattern_means_these_many_weights(pattern: str, count: int) -> None:
     assert len(select(layout_of(llama()), pattern)) == count
 
 
@@ -171,7 +171,7 @@ def test_a_pattern_means_these_many_weights(pattern: str, count: int) -> None:
         ("*.QKV*", "matches no weight"),
     ],
 )
-def test_a_pattern_that_means_nothing_is_told_with_the_nearest(pattern: str, message: str) -> None:
+def test_t33_a_pattern_that_means_nothing_is_told_with_the_nearest(pattern: str, message: str) -> None:
     with pytest.raises(ValueError, match=r".") as error:
         select(layout_of(llama()), pattern)
     assert message in str(error.value)
@@ -283,7 +283,7 @@ def test_what_cannot_be_frozen_is_told(options: dict[str, Any], message: str) ->
     assert all(one.requires_grad for one in model.parameters()), "nothing is frozen where something is wrong"
 
 
-def test_both_names_of_a_tied_weight_freeze_it() -> None:
+def test_t33_both_names_of_a_tied_weight_freeze_it() -> None:
     model = llama()
     freeze(model, frozen=["embedding", "lm_head"])
     assert not {"lm_head.weight", "model.embed_tokens.weight"} & trained(model)
@@ -370,7 +370,7 @@ def blocks_with_adapters(model: Any, only_trained: bool = True) -> set[int]:
     }
 
 
-def test_adapters_in_frozen_blocks_are_frozen() -> None:
+def test_t32_adapters_in_frozen_blocks_are_frozen() -> None:
     model = lora(llama())
     found = freeze(model, frozen=["layers.0-5", "*.v_proj", "embedding"])
     assert blocks_with_adapters(model) == {6, 7, 8, 9, 10, 11}
@@ -564,7 +564,7 @@ def test_groups_hold_what_is_trained_only() -> None:
         GradualUnfreezing(model, where="s")
 
 
-def test_a_layer_moves_from_its_epoch_on_and_not_before(
+def test_t31_a_layer_moves_from_its_epoch_on_and_not_before(
     sft_rows: list[dict[str, Any]], tmp_path: Path, tiny_model_path: str
 ) -> None:
     """Two steps an epoch; with a weight decay of 0.5 at 1e-2, decay alone would move a frozen weight."""

@@ -131,7 +131,7 @@ def test_what_does_not_fit_the_model_is_told_by_its_path_before_training(
 
 
 @pytest.mark.parametrize("kind", ["sft", "dpo"])
-def test_adapters_in_frozen_blocks_are_not_trained(
+def test_t32_adapters_in_frozen_blocks_are_not_trained(
     kind: str, data: dict[str, str], tiny_model_path: str, tmp_path: Path
 ) -> None:
     """Trap T32. The B matrix of an adapter starts at zero."""
@@ -175,7 +175,7 @@ def test_trainable_layers_are_trained_whole_beside_an_adapter_merged_and_gone_on
     assert "model.layers.0.mlp.up_proj.weight" not in changed
 
 
-def test_layers_are_unfrozen_from_the_top_epoch_by_epoch(
+def test_t31_layers_are_unfrozen_from_the_top_epoch_by_epoch(
     data: dict[str, str], tiny_model_path: str, tmp_path: Path
 ) -> None:
     """Trap T31: a layer that a callback unfreezes has to be in the optimiser from the start."""

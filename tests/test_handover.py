@@ -71,7 +71,7 @@ def first_loss(folder: Path) -> float:
     return float(lines(folder)[0]["loss"])
 
 
-def test_a_copy_of_a_trained_model_does_not_run_the_weights_of_the_original(
+def test_t1_a_copy_of_a_trained_model_does_not_run_the_weights_of_the_original(
     data: dict[str, str], tiny_model_path: str, tmp_path: Path, trainers: list[Any]
 ) -> None:
     """T1: TRL binds the patched forward to the original; the copy that is made here is free of it."""
@@ -87,7 +87,7 @@ def test_a_copy_of_a_trained_model_does_not_run_the_weights_of_the_original(
     assert not torch.equal(before, logits(model))
 
 
-def test_the_reference_is_the_model_that_came_in(
+def test_t2_the_reference_is_the_model_that_came_in(
     data: dict[str, str], tiny_model_path: str, tmp_path: Path, trainers: list[Any]
 ) -> None:
     """T2: with a model handed over in memory it would be the one before the previous stage."""
@@ -97,7 +97,7 @@ def test_the_reference_is_the_model_that_came_in(
     assert trainers[1].model.config._name_or_path == result["sft"].policy
 
 
-def test_a_wrong_reference_stops_the_stage_with_both_numbers(
+def test_t2_a_wrong_reference_stops_the_stage_with_both_numbers(
     data: dict[str, str], tiny_model_path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """T2: step 0 is looked at, not trusted."""
@@ -114,7 +114,7 @@ def test_a_wrong_reference_stops_the_stage_with_both_numbers(
         run(tiny_model_path, tmp_path, dpo(data))
 
 
-def test_a_stage_in_bf16_after_one_in_float32_runs_in_bf16(
+def test_t3_t34_a_stage_in_bf16_after_one_in_float32_runs_in_bf16(
     data: dict[str, str], tiny_model_path: str, tmp_path: Path, trainers: list[Any]
 ) -> None:
     """T3 (and T34): on one object the second stage would silently stay in float32."""
@@ -123,7 +123,7 @@ def test_a_stage_in_bf16_after_one_in_float32_runs_in_bf16(
     assert [trainer.seen["dtype"] for trainer in trainers] == [torch.float32, torch.bfloat16]
 
 
-def test_a_stage_in_float32_after_one_in_bf16_runs_in_float32(
+def test_t4_t34_a_stage_in_float32_after_one_in_bf16_runs_in_float32(
     data: dict[str, str], tiny_model_path: str, tmp_path: Path, trainers: list[Any]
 ) -> None:
     """T4 (and T34): on one object the autocast wrapper would stay."""
@@ -135,7 +135,7 @@ def test_a_stage_in_float32_after_one_in_bf16_runs_in_float32(
     assert torch.equal(logits(clean), logits(trainers[1].model.float()))
 
 
-def test_checkpointing_and_dropout_of_a_stage_do_not_reach_the_next(
+def test_t5_checkpointing_and_dropout_of_a_stage_do_not_reach_the_next(
     data: dict[str, str], tiny_model_path: str, tmp_path: Path, trainers: list[Any]
 ) -> None:
     """T5: they would stay on the object."""
@@ -152,7 +152,7 @@ def test_checkpointing_and_dropout_of_a_stage_do_not_reach_the_next(
     assert not any(isinstance(module, torch.nn.Dropout) and module.p > 0 for module in second.modules())
 
 
-def test_dpo_after_dpo_goes_on_with_one_adapter_and_saves_no_reference(
+def test_t6_dpo_after_dpo_goes_on_with_one_adapter_and_saves_no_reference(
     data: dict[str, str], tiny_model_path: str, tmp_path: Path
 ) -> None:
     """T6: TRL leaves an adapter `ref` behind, on which a second DPO stage fails."""
@@ -167,7 +167,7 @@ def test_dpo_after_dpo_goes_on_with_one_adapter_and_saves_no_reference(
     assert not same(str(result["one"].policy), str(result["two"].policy))
 
 
-def test_dropout_of_the_adapter_is_on_for_the_policy_and_off_for_the_reference(
+def test_t38_dropout_of_the_adapter_is_on_for_the_policy_and_off_for_the_reference(
     data: dict[str, str], tiny_model_path: str, tmp_path: Path, trainers: list[Any]
 ) -> None:
     """T38: TRL switches dropout off everywhere, or on also for the reference."""
@@ -182,7 +182,7 @@ def test_dropout_of_the_adapter_is_on_for_the_policy_and_off_for_the_reference(
     assert json.loads(Path(str(result.policy), "adapter_config.json").read_text())["lora_dropout"] == 0.25
 
 
-def test_an_adapter_travels_to_the_next_stage_and_is_trained_on(
+def test_t7_an_adapter_travels_to_the_next_stage_and_is_trained_on(
     data: dict[str, str], tiny_model_path: str, tmp_path: Path, trainers: list[Any]
 ) -> None:
     """T7: a folder with only an adapter is no model to TRL."""
@@ -193,7 +193,7 @@ def test_an_adapter_travels_to_the_next_stage_and_is_trained_on(
     assert not same(str(result["sft"].policy), str(result.policy))
 
 
-def test_an_incoming_adapter_has_its_weights_trainable_and_no_others(
+def test_t8_an_incoming_adapter_has_its_weights_trainable_and_no_others(
     data: dict[str, str], tiny_model_path: str, tmp_path: Path, trainers: list[Any]
 ) -> None:
     """T8: loaded the usual way nothing of it would be trained."""
@@ -204,7 +204,7 @@ def test_an_incoming_adapter_has_its_weights_trainable_and_no_others(
     assert all(".lora_" in name for name in trainable)
 
 
-def test_a_stage_without_a_policy_passes_on_the_one_before(
+def test_t9_a_stage_without_a_policy_passes_on_the_one_before(
     data: dict[str, str], tiny_model_path: str, tmp_path: Path, trainers: list[Any]
 ) -> None:
     """T9 (and T23): what a stage makes is named; an evaluation makes no policy and changes none."""
@@ -218,7 +218,7 @@ def test_a_stage_without_a_policy_passes_on_the_one_before(
     assert trainers[2].model.config._name_or_path == result["sft"].policy
 
 
-def test_determinism_and_environment_of_a_stage_do_not_reach_the_next(
+def test_t10_determinism_and_environment_of_a_stage_do_not_reach_the_next(
     data: dict[str, str], tiny_model_path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """T10: TRL sets switches of the whole process and leaves them on."""
@@ -243,7 +243,7 @@ def test_determinism_and_environment_of_a_stage_do_not_reach_the_next(
     assert dict(os.environ) == before
 
 
-def test_a_whole_pipeline_can_be_planned_before_a_stage_runs(
+def test_t11_a_whole_pipeline_can_be_planned_before_a_stage_runs(
     data: dict[str, str], tiny_model_path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """T11: a TRL config that is made while a trainer lives breaks it; arguments are pure data."""
@@ -295,7 +295,7 @@ def test_a_merged_adapter_gives_the_logits_of_the_adapter(
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_a_quantised_adapter_goes_from_sft_to_dpo_and_merges_into_the_unquantised_base(
+def test_t39_t40_a_quantised_adapter_goes_from_sft_to_dpo_and_merges_into_the_unquantised_base(
     bits: Any, data: dict[str, str], tiny_model_path: str, tmp_path: Path, trainers: list[Any]
 ) -> None:
     lora = {"rank": 4, "alpha": 8, "dropout": 0, "bits": bits}

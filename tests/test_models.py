@@ -156,7 +156,7 @@ def test_another_template_or_eos_between_stages_stops_with_both_values(tiny_mode
     assert f"chat_template_sha256 was {before['chat_template_sha256']!r}" in text
 
 
-def test_a_saved_adapter_is_loaded_trainable_or_frozen_with_the_same_logits(
+def test_t8_a_saved_adapter_is_loaded_trainable_or_frozen_with_the_same_logits(
     adapter: Path, tiny_model_path: str
 ) -> None:
     frozen, live = load_policy(str(adapter)), load_policy(str(adapter), trainable=True)
@@ -273,7 +273,7 @@ def test_a_merge_needs_an_adapter_and_another_folder(adapter: Path, tiny_model_p
         merge_adapter(adapter, adapter, torch.float32)
 
 
-def test_an_adapter_trained_on_a_quantised_base_is_merged_into_the_plain_one(
+def test_t40_an_adapter_trained_on_a_quantised_base_is_merged_into_the_plain_one(
     tiny_model_path: str, tmp_path: Path
 ) -> None:
     torch.manual_seed(0)
@@ -295,7 +295,7 @@ def test_a_base_saved_quantised_is_not_merged_into(adapter: Path, tiny_model_pat
         merge_adapter(adapter, tmp_path / "merged", torch.float32)
 
 
-def test_quantisation_is_that_of_the_qlora_paper() -> None:
+def test_t39_quantisation_is_that_of_the_qlora_paper() -> None:
     four, eight = bnb_config(4, torch.bfloat16), bnb_config(8, torch.bfloat16)
     assert (four.load_in_4bit, four.bnb_4bit_quant_type, four.bnb_4bit_use_double_quant) == (True, "nf4", True)
     assert four.bnb_4bit_compute_dtype == torch.bfloat16
@@ -309,7 +309,7 @@ def test_the_lora_configuration_always_has_a_task_type() -> None:
     assert lora_config(4, 8, 0.0, ("q_proj",), task_type="SEQ_CLS").task_type == "SEQ_CLS"
 
 
-def test_a_plain_deepcopy_still_runs_the_originals_weights_and_a_snapshot_does_not(tiny_model: Any) -> None:
+def test_t1_a_plain_deepcopy_still_runs_the_originals_weights_and_a_snapshot_does_not(tiny_model: Any) -> None:
     # Trap T1: if the first half fails, TRL no longer closes over the original and snapshot_model may go.
     import copy
 

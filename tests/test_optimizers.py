@@ -283,7 +283,7 @@ def test_what_is_not_set_is_the_specification_s_or_the_paper_s() -> None:
     assert optimizer_class("adadelta", 1.0, {}) == (torch.optim.Adadelta, {"lr": 1.0})
 
 
-def test_an_option_that_is_not_read_is_told() -> None:
+def test_t30_an_option_that_is_not_read_is_told() -> None:
     assert problems_of_optimizer("adamw", GIVEN) == []
     assert [str(one) for one in problems_of_optimizer("lion", GIVEN)] == [
         "adam_epsilon: has no effect on optimizer_override 'lion'; use adamw"

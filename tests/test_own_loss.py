@@ -66,7 +66,7 @@ def test_trl_s_loss_written_by_a_user_trains_as_trl_does(
 
 
 @pytest.mark.parametrize("function", [by_items, by_batch], ids=["by items", "by batch"])
-def test_accumulated_batches_have_the_gradient_of_one(
+def test_t12_accumulated_batches_have_the_gradient_of_one(
     function: Any, sft_rows: list[Any], write_rows: Write, tiny_model_path: str, tmp_path: Path
 ) -> None:
     """Trap T12: with a mean over the batch the gradient would be the number of batches too long."""

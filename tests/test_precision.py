@@ -40,8 +40,35 @@ class Staged(Hooked, Plain):
     """A trainer, as far as its accelerator goes."""
 
 
+DTYPES: list[set[torch.dtype]] = []
+
+
+def note_dtypes(model: Any, dataset: Any) -> dict[str, float]:
+    DTYPES.append({parameter.dtype for parameter in model.parameters()})
+    return {"noted": 1.0}
+
+
+def test_t36_a_checkpoint_that_is_stored_in_bf16_is_trained_in_float32(
+    sft_rows: list[Any], write_rows: Write, tiny_model_path: str, tmp_path: Path
+) -> None:
+    """Transformers would load it as it is stored, and a stage in full precision would be none."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    stored = str(tmp_path / "stored")
+    AutoModelForCausalLM.from_pretrained(tiny_model_path).to(torch.bfloat16).save_pretrained(stored)
+    AutoTokenizer.from_pretrained(tiny_model_path).save_pretrained(stored)
+    assert AutoModelForCausalLM.from_pretrained(stored).dtype == torch.bfloat16
+    data = str(write_rows(sft_rows))
+    measured = {"validation_data": data, "evaluation_steps": 1, "custom_evaluation_function": note_dtypes}
+    DTYPES.clear()
+    result = run(stored, tmp_path / "run", stage("s", data, max_steps=1, **measured))
+    (found,) = DTYPES
+    assert found == {torch.float32}
+    assert AutoModelForCausalLM.from_pretrained(str(result.policy)).dtype == torch.float32
+
+
 @pytest.mark.parametrize("scale", [None, 1024.0])
-def test_the_first_loss_scale_reaches_the_accelerator(scale: float | None) -> None:
+def test_t37_the_first_loss_scale_reaches_the_accelerator(scale: float | None) -> None:
     """Trap T37: there is no argument for it."""
     trainer = Staged()
     trainer.hooks = Hooks(loss_scale=scale)
@@ -72,7 +99,7 @@ def test_a_loss_scale_without_fp16_is_refused(option: dict[str, Any], beside: di
     assert problems(**option, **beside) == {path: message}
 
 
-def test_what_fp16_cannot_do_is_refused_with_the_reason() -> None:
+def test_t39_what_fp16_cannot_do_is_refused_with_the_reason() -> None:
     assert problems(**FP16, use_dynamic_loss_scaling=True, initial_loss_scale=1024) == {}
     told = problems(**FP16, use_dynamic_loss_scaling=False)
     assert "knows no constant scale" in told["use_dynamic_loss_scaling"]
@@ -106,7 +133,7 @@ def test_tf32_without_its_gpu_is_refused_before_training(
         run(tiny_model_path, tmp_path, tf32(str(write_rows(sft_rows))))
 
 
-def test_tf32_is_undone_after_its_stage_and_can_be_had_again() -> None:
+def test_t10_tf32_is_undone_after_its_stage_and_can_be_had_again() -> None:
     """`enable_tf32` is cached: called a second time it would do nothing."""
     from transformers.utils.import_utils import enable_tf32
 

@@ -303,7 +303,7 @@ def test_a_wrong_argument_is_told_with_its_path(name: str, kwargs: dict[str, Any
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_a_floor_or_a_warmup_without_effect_is_told(name: str) -> None:
+def test_t28_a_floor_or_a_warmup_without_effect_is_told(name: str) -> None:
     needed: dict[str, Any] = {
         "lambda": {"function": "a:b"},
         "sequential": {"schedules": [{"type": "constant"}]},
@@ -336,7 +336,7 @@ def test_a_factor_is_not_made_of_wrong_arguments() -> None:
         factors("cosine_anealing")
 
 
-def test_plateau_arguments_say_the_direction_of_the_metric() -> None:
+def test_t29_plateau_arguments_say_the_direction_of_the_metric() -> None:
     assert plateau_kwargs({}, maximize=False, floor=1e-6) == {
         "mode": "min",
         "factor": 0.1,

@@ -153,7 +153,9 @@ def test_selectors_that_agree_select_one_method(
 
 
 @pytest.mark.parametrize(("method", "rate"), [("sft", 2e-5), ("dpo", 1e-6), ("constitutional", 2e-5)])
-def test_the_learning_rate_s_default_is_the_method_s_and_ten_times_that_with_lora(method: str, rate: float) -> None:
+def test_t48_the_learning_rate_s_default_is_the_method_s_and_ten_times_that_with_lora(
+    method: str, rate: float
+) -> None:
     assert stage(method=method).resolved_learning_rate() == rate
     with_lora = stage(method=method, lora={}).resolved_learning_rate()
     assert repr(with_lora) == repr(float(f"{10 * rate:.3g}"))

@@ -39,7 +39,7 @@ def checkpoints(folder: Path) -> set[int]:
     ("steps", "epochs", "expected"),
     [(3, 1, {3, 4, 6, 8}), (3, 0, {3, 6, 8}), (0, 1, {4, 8}), (0, 2, {8}), (0, 0, set())],
 )
-def test_checkpoints_come_by_steps_and_by_epochs(
+def test_t52_checkpoints_come_by_steps_and_by_epochs(
     steps: int, epochs: int, expected: set[int], data: dict[str, str], tiny_model_path: str, tmp_path: Path
 ) -> None:
     """Trap T52: TRL knows one kind at a time."""
@@ -54,7 +54,7 @@ def test_older_checkpoints_are_deleted(data: dict[str, str], tiny_model_path: st
 
 
 @pytest.mark.parametrize("lora", [..., LoRA(rank=4, alpha=8, dropout=0)], ids=["full", "lora"])
-def test_save_only_best_passes_the_best_checkpoint_on(
+def test_t53_save_only_best_passes_the_best_checkpoint_on(
     lora: Any, data: dict[str, str], tiny_model_path: str, tmp_path: Path
 ) -> None:
     """Trap T53: the trainer ends with the last weights."""
@@ -97,7 +97,9 @@ class Peak:
         return {"peak": float(self.calls == self.at)}
 
 
-def test_early_stopping_sees_the_users_own_metric(data: dict[str, str], tiny_model_path: str, tmp_path: Path) -> None:
+def test_t55_early_stopping_sees_the_users_own_metric(
+    data: dict[str, str], tiny_model_path: str, tmp_path: Path
+) -> None:
     """Trap T55: a metric that is added in `evaluate` comes too late."""
     result = run(
         tiny_model_path,
@@ -189,7 +191,7 @@ def test_no_log_lines_with_logging_steps_0(data: dict[str, str], tiny_model_path
     assert result["s"].metrics["train_loss"] > 0
 
 
-def test_max_duration_stops_the_stage_and_the_result_is_kept(
+def test_t54_max_duration_stops_the_stage_and_the_result_is_kept(
     data: dict[str, str], tiny_model_path: str, tmp_path: Path
 ) -> None:
     only = stage("s", data["sft"], max_duration=timedelta(milliseconds=1))
@@ -248,7 +250,7 @@ def test_rate_and_betas_in_trl_reach_an_optimiser_that_trl_has_no_name_for(
     assert lines(tmp_path / "trl/01-s")[1]["learning_rate"] == 1e-2
 
 
-def test_an_evaluation_only_stage_changes_no_weight_and_makes_no_policy(
+def test_t23_an_evaluation_only_stage_changes_no_weight_and_makes_no_policy(
     data: dict[str, str], tiny_model_path: str, tmp_path: Path
 ) -> None:
     """Trap T23: TRL asks for training data."""
@@ -268,7 +270,7 @@ def test_an_evaluation_only_stage_changes_no_weight_and_makes_no_policy(
     assert not (tmp_path / "01-s/policy").exists()
 
 
-def test_rows_that_are_too_long_are_counted(
+def test_t24_rows_that_are_too_long_are_counted(
     preference_rows: list[Any], write_rows: Write, tiny_model_path: str, tmp_path: Path
 ) -> None:
     """Trap T24: DPO drops rows whose prompt fills max_length, without a word."""
@@ -279,7 +281,7 @@ def test_rows_that_are_too_long_are_counted(
     assert result["s"].samples_trained == 16
 
 
-def test_rows_without_a_token_to_learn_from_are_counted(
+def test_t24_rows_without_a_token_to_learn_from_are_counted(
     sft_rows: list[Any], write_rows: Write, tiny_model_path: str, tmp_path: Path
 ) -> None:
     """Trap T24: SFT drops rows whose completion is cut off."""
@@ -294,7 +296,7 @@ def test_rows_without_a_token_to_learn_from_are_counted(
     [("sft", {}), ("dpo", {}), ("dpo", {"lora": LoRA(rank=2, alpha=4)})],
     ids=["sft", "dpo", "dpo-lora"],
 )
-def test_no_row_left_is_an_error_that_names_the_stage_and_the_way_out(
+def test_t24_no_row_left_is_an_error_that_names_the_stage_and_the_way_out(
     method: str,
     options: dict[str, Any],
     sft_rows: list[Any],
@@ -353,7 +355,7 @@ def test_a_run_leaves_the_callers_process_as_it_was(
     assert after == before
 
 
-def test_fp16_without_a_gpu_is_refused_before_anything_is_loaded(
+def test_t35_fp16_without_a_gpu_is_refused_before_anything_is_loaded(
     data: dict[str, str], tiny_model_path: str, tmp_path: Path
 ) -> None:
     """Trap T35: it would silently be float32."""

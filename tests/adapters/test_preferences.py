@@ -11,6 +11,7 @@ from transformers import AutoTokenizer
 from trl import DPOConfig, KTOConfig, KTOTrainer
 
 from stagekit import CPO, DPO, KTO, ORPO, ConfigError, LoRA, Reference, SimPO, TrainingStage
+from stagekit.arguments import settings_of
 from stagekit.trainers.preference import ORPOTrainer, ReferenceFreeDPOTrainer, kto_rows
 from tests.running import lines, run, stage
 from tests.test_trl_equivalence import COMMON, agree, bare, staged
@@ -109,7 +110,49 @@ def test_kto_trains_as_the_bare_trainer_does(
     assert agree(trainer.model, policy)
 
 
-def test_rows_that_kto_leaves_out_are_counted_after_pairs_are_taken_apart(
+def test_t20_kto_shuffles_its_rows_ahead_and_wants_two_in_a_batch(
+    tiny_model_path: str, preference_rows: list[Any], write_rows: Callable[..., Path], tmp_path: Path
+) -> None:
+    """TRL raises where the sampler is random, and where a batch is of one row."""
+    rows = str(write_rows(preference_rows))
+    one = stage("kto", rows, KTO(), max_steps=1, batch_size=2, shuffle_data=True)
+    assert {given.target: given.value for given in settings_of(one)}["train_sampling_strategy"] == "sequential"
+    assert run(tiny_model_path, tmp_path / "run", one)["kto"].steps == 1
+    with pytest.raises(ConfigError, match="batch_size: kto estimates a divergence over the batch"):
+        stage("kto", rows, KTO(), batch_size=1)
+
+
+@pytest.mark.parametrize("loss", ["robust", "conservative"])
+def test_t42_a_loss_for_noisy_labels_without_noise_is_refused(loss: Any) -> None:
+    with pytest.raises(ConfigError, match="needs it above 0; without it this is sigmoid"):
+        TrainingStage(name="s", method=DPO(loss=loss), training_data="pairs.jsonl")
+    with pytest.raises(ConfigError, match=r"it is below 0\.5"):
+        TrainingStage(name="s", method=DPO(loss=loss, label_smoothing=0.5), training_data="pairs.jsonl")
+
+
+def test_t41_a_stage_with_conservative_labels_trains_on_the_formula_of_cdpo(
+    tiny_model_path: str, preference_rows: list[Any], write_rows: Callable[..., Path], tmp_path: Path
+) -> None:
+    """One row a step: the loss is that of its own logged rewards, x = their difference. TRL has no such loss."""
+    rows, e = str(write_rows(preference_rows)), 0.2
+    given = {"batch_size": 1, "max_steps": 6, "learning_rate": 1e-2, "warmup_ratio": 0}
+    noisy = stage("a", rows, DPO(loss="conservative", label_smoothing=e, beta=1.0), **given)
+    plain = stage("b", rows, DPO(beta=1.0), model=tiny_model_path, **given)
+    run(tiny_model_path, tmp_path / "run", noisy, plain)
+
+    def steps(name: str) -> list[tuple[float, float]]:
+        found = [line for line in lines(tmp_path / "run" / name) if "rewards/margins" in line]
+        return [(line["loss"], line["rewards/margins"]) for line in found]
+
+    def cdpo(x: float) -> float:
+        return (1 - e) * math.log1p(math.exp(-x)) + e * math.log1p(math.exp(x))
+
+    assert [loss for loss, _ in steps("01-a")] == pytest.approx([cdpo(x) for _, x in steps("01-a")], rel=1e-3)
+    assert [loss for loss, _ in steps("02-b")] != pytest.approx([cdpo(x) for _, x in steps("02-b")], rel=1e-3)
+    assert any(abs(x) > 0.1 for _, x in steps("01-a")), "at x = 0 every loss is ln 2"
+
+
+def test_t24_rows_that_kto_leaves_out_are_counted_after_pairs_are_taken_apart(
     tiny_model_path: str, preference_rows: list[Any], write_rows: Callable[..., Path], tmp_path: Path
 ) -> None:
     long = {**preference_rows[0], "prompt": [{"role": "user", "content": "word " * 200}]}
@@ -167,7 +210,7 @@ def test_orpo_cpo_and_simpo_are_their_trainers_with_the_right_arguments(
 
 
 @pytest.mark.parametrize("lora", [None, LoRA(rank=4, dropout=0.0)], ids=["all weights", "lora"])
-def test_an_updated_reference_is_the_policy_again_right_after_the_update(
+def test_t44_an_updated_reference_is_the_policy_again_right_after_the_update(
     lora: LoRA | None,
     tiny_model_path: str,
     preference_rows: list[Any],
@@ -267,6 +310,6 @@ def test_what_a_preference_method_cannot_use_is_refused_with_its_path(options: d
     assert path in [problem.path for problem in caught.value.problems]
 
 
-def test_label_smoothing_with_sigmoid_names_conservative() -> None:
+def test_t41_label_smoothing_with_sigmoid_names_conservative() -> None:
     with pytest.raises(ConfigError, match="conservative"):
         TrainingStage(name="s", method=DPO(label_smoothing=0.1), training_data="pairs.jsonl")

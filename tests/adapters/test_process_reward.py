@@ -63,7 +63,7 @@ def test_it_learns_a_rule_and_leaves_a_reward_model_that_loads_plainly(
     assert (Path(folder) / "README.md").is_file()
 
 
-def test_the_next_stage_starts_from_the_policy_before_it(
+def test_t9_the_next_stage_starts_from_the_policy_before_it(
     steps: str, write_rows: Write, sft_rows: list[Any], tiny_model_path: str, tmp_path: Path
 ) -> None:
     """T9, for process reward."""

@@ -82,7 +82,7 @@ def test_it_learns_a_rule_and_leaves_a_reward_model_beside_no_policy(
     assert last["eval_accuracy"] == result["rm"].metrics["eval_accuracy"]
 
 
-def test_the_next_stage_starts_from_the_policy_before_the_reward_stage(
+def test_t9_the_next_stage_starts_from_the_policy_before_the_reward_stage(
     data: dict[str, str], tiny_model_path: str, tmp_path: Path, starts: list[dict[str, torch.Tensor]]
 ) -> None:
     """T9: a reward model never becomes the model of the next stage."""
@@ -184,7 +184,7 @@ def test_a_margin_is_read_where_it_is_there_also_from_a_mix(
         assert lines(tmp_path / "run" / folder)[0]["loss"] > 2  # -log sigmoid(-3) = 3.05
 
 
-def test_rows_that_are_too_long_are_counted_and_none_left_is_an_error(
+def test_t24_rows_that_are_too_long_are_counted_and_none_left_is_an_error(
     write_rows: Write, tiny_model_path: str, tmp_path: Path
 ) -> None:
     long = {**pairs(1, 9)[0], "rejected": [{"role": "assistant", "content": "never " * 300}]}

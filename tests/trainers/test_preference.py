@@ -97,7 +97,7 @@ FREE_LOSSES: dict[str, tuple[dict[str, Any], float | None, Loss]] = {
 
 @pytest.mark.parametrize("name", FREE_LOSSES)
 @pytest.mark.parametrize("texts", [False, True], ids=["chat", "plain"])
-def test_reference_free_losses_are_their_formulas(
+def test_t43_reference_free_losses_are_their_formulas(
     name: str, texts: bool, tiny_model_path: str, preference_rows: list[Any], tmp_path: Path
 ) -> None:
     given, margin, formula = FREE_LOSSES[name]
@@ -303,7 +303,7 @@ def experimental(name: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     ],
     ids=["cpo", "cpo with smoothing", "simpo", "hinge"],
 )
-def test_cpo_and_simpo_agree_with_trls_experimental_trainer(
+def test_t43_cpo_and_simpo_agree_with_trls_experimental_trainer(
     loss: str,
     given: dict[str, Any],
     margin: float | None,
@@ -618,7 +618,7 @@ def test_the_model_card_of_orpo_names_orpo(tiny_model_path: str, preference_rows
 
 
 @pytest.mark.parametrize("texts", [False, True], ids=["chat", "plain"])
-def test_kto_rows_mix_both_labels_into_every_batch(texts: bool, preference_rows: list[Any]) -> None:
+def test_t19_kto_rows_mix_both_labels_into_every_batch(texts: bool, preference_rows: list[Any]) -> None:
     data = plain(preference_rows) if texts else Dataset.from_list(preference_rows)
     rows = kto_rows(data, seed=3)
     assert len(rows) == 32
@@ -700,7 +700,7 @@ def test_trls_kto_trainer_takes_kto_rows(tiny_model_path: str, preference_rows: 
         ("_set_signature_columns_if_needed", ["self"]),
     ],
 )
-def test_canary_the_methods_of_trl_that_are_overridden(name: str, parameters: list[str]) -> None:
+def test_t50_canary_the_methods_of_trl_that_are_overridden(name: str, parameters: list[str]) -> None:
     assert list(inspect.signature(getattr(DPOTrainer, name)).parameters) == parameters
 
 

@@ -249,7 +249,7 @@ def test_the_reference_adapter_is_the_policy_of_the_last_update(
     PeftModel.from_pretrained(load(tiny_model_path), tmp_path / "saved")
 
 
-def test_right_after_an_update_the_loss_is_ln_2_and_the_reference_drops_nothing(
+def test_t44_right_after_an_update_the_loss_is_ln_2_and_the_reference_drops_nothing(
     tiny_model_path: str, preference_rows: list[Any], tmp_path: Path
 ) -> None:
     given = {"max_steps": 6, "disable_dropout": False, "learning_rate": 1e-2, "beta": 0.5}
@@ -332,7 +332,7 @@ def test_an_adapter_reference_that_cannot_follow_is_refused(
 
 
 @pytest.mark.parametrize("kind", [DPOTrainer, MarginDPOTrainer])
-def test_a_whole_reference_model_becomes_the_policy_and_survives_a_resume(
+def test_t44_a_whole_reference_model_becomes_the_policy_and_survives_a_resume(
     kind: Any, tiny_model_path: str, preference_rows: list[Any], tmp_path: Path
 ) -> None:
     given = {"max_steps": 7, "save_strategy": "steps", "save_steps": 4, "learning_rate": 1e-3, "beta": 0.5}
