@@ -51,10 +51,15 @@ def rates(folder: Path) -> list[float]:
     return [line["learning_rate"] for line in logged(folder) if "learning_rate" in line]
 
 
+def model_of(folder: Path) -> Path:
+    """The model that the stage left: a policy, or a reward model."""
+    return next((path for name in ("policy", "reward_model") if (path := folder / name).exists()), folder / "none")
+
+
 def weight(folder: Path) -> str:
-    """The bits of the saved policy."""
+    """The bits of the saved model."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(weights(folder / "policy").items()):
+    for name, tensor in sorted(weights(model_of(folder)).items()):
         digest.update(name.encode() + tensor.float().numpy().tobytes())
     return digest.hexdigest()
 
@@ -79,8 +84,8 @@ def files(folder: Path) -> list[str]:
 
 def adapter(folder: Path) -> Any:
     """The saved adapter's settings and the shapes of its weights."""
-    config = json.loads((folder / "policy" / "adapter_config.json").read_text())
-    shapes = {name: tuple(tensor.shape) for name, tensor in weights(folder / "policy").items()}
+    config = json.loads((model_of(folder) / "adapter_config.json").read_text())
+    shapes = {name: tuple(tensor.shape) for name, tensor in weights(model_of(folder)).items()}
     return config["r"], config["lora_alpha"], sorted(config["target_modules"]), shapes
 
 
@@ -96,4 +101,4 @@ def texts(folder: Path) -> list[str]:
 
 
 def card(folder: Path) -> str:
-    return (folder / "policy" / "README.md").read_text()
+    return (model_of(folder) / "README.md").read_text()

@@ -27,6 +27,7 @@ from tests.every_option import (
     folder_name,
     log_keys,
     logged_steps,
+    model_of,
     rates,
     result,
     texts,
@@ -211,7 +212,7 @@ CASES: dict[str, Case] = {
     "run_condition": Case({}, {"run_condition": never}, result("status", "reason")),
     "save_checkpoint_after": Case(
         {"save_checkpoint_after": True}, {"save_checkpoint_after": False},
-        lambda folder: (folder / "policy").exists(), {"then": True},
+        lambda folder: model_of(folder).exists(), {"then": True},
     ),
     "save_only_best": Case(
         {"save_only_best": False},
@@ -306,12 +307,11 @@ def spies(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(
         transformers.modeling_utils, "checkpoint", counting("checkpointing", checkpointing, lambda *a, **k: True)
     )
-    import trl.trainer.dpo_trainer
+    from trl.trainer import dpo_trainer, kto_trainer
 
-    load = trl.trainer.dpo_trainer.create_model_from_path
-    monkeypatch.setattr(
-        trl.trainer.dpo_trainer, "create_model_from_path", counting("models loaded", load, lambda *a, **k: True)
-    )
+    for module in (dpo_trainer, kto_trainer):
+        load = module.create_model_from_path
+        monkeypatch.setattr(module, "create_model_from_path", counting("models loaded", load, lambda *a, **k: True))
     yield
 
 
