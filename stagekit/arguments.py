@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from stagekit.adapters.base import Setting
 from stagekit.ledger import not_applicable
-from stagekit.optimizers import arguments_of_optimizer
+from stagekit.optimizers import OPTIMIZERS, arguments_of_optimizer
 from stagekit.schedules import KINDS, plateau_kwargs
 
 
@@ -29,6 +29,8 @@ RESERVED = {
     "fsdp": "distributed_strategy of the stage",
     "fsdp_config": "distributed_strategy of the stage",
     "gradient_checkpointing": "use_gradient_checkpointing of the stage",
+    "seed": "random_seed of the stage",
+    "data_seed": "data_shuffle_seed of the stage",
     "label_smoothing_factor": "nothing: TRL deprecated it",
     "trust_remote_code": "nothing: stagekit runs no remote code",
 }
@@ -58,6 +60,16 @@ def settings_of(stage: "TrainingStage") -> tuple[Setting, ...]:
         if mine is None or not mine.source.startswith("stages."):
             by_target[key] = Setting(key, value, f"{stage.path}.trl.{key}")
     return tuple(by_target.values())
+
+
+def ignored_in_trl(stage: "TrainingStage") -> dict[str, str]:
+    """Keys of `trl` that nothing reads, because the stage has an optimiser or a schedule of its own -> what to do."""
+    found = {}
+    if "optim_args" in stage.trl and OPTIMIZERS[stage.optimizer_override].cls is not None:
+        found["optim_args"] = f"has no effect on optimizer_override {stage.optimizer_override!r}; drop it"
+    if "lr_scheduler_kwargs" in stage.trl and own_schedule(stage):
+        found["lr_scheduler_kwargs"] = f"has no effect on {stage.scheduler_type!r}; use scheduler_kwargs"
+    return found
 
 
 def _source(stage: "TrainingStage", option: str) -> str:

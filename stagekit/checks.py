@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stagekit.arguments import RESERVED
+from stagekit.arguments import RESERVED, ignored_in_trl
 from stagekit.errors import Problem
 from stagekit.groups import Data
 from stagekit.options import nearest
@@ -168,6 +168,8 @@ def _arguments(stage: "TrainingStage") -> Iterable[Problem]:
             hint = f"; did you mean {close!r}?" if close else ""
             config = stage.method.config_class.partition(":")[2]
             yield Problem(f"{stage.path}.trl.{key}", f"{config} has no such argument{hint}")
+    for key, message in ignored_in_trl(stage).items():
+        yield Problem(f"{stage.path}.trl.{key}", message)
 
 
 def problems_on_disk(pipeline: "TrainingPipeline") -> list[Problem]:

@@ -278,6 +278,22 @@ def test_an_argument_that_trl_does_not_have_is_refused_with_the_nearest() -> Non
     ]
 
 
+@pytest.mark.parametrize(
+    ("given", "path", "message"),
+    [
+        ({"optimizer_override": "adam", "trl": {"optim_args": "eps=1"}}, "trl.optim_args",
+         "has no effect on optimizer_override 'adam'; drop it"),
+        ({"scheduler_type": "step", "trl": {"lr_scheduler_kwargs": {"gamma": 1}}}, "trl.lr_scheduler_kwargs",
+         "has no effect on 'step'; use scheduler_kwargs"),
+    ],
+)  # fmt: skip
+def test_an_argument_that_nothing_reads_is_refused_in_trl(given: dict[str, Any], path: str, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        TrainingPipeline(model="m", stages=(stage(**given),))
+    assert [tuple(one) for one in caught.value.problems] == [(f"stages.a.{path}", message)]
+    TrainingPipeline(model="m", stages=(stage(trl=given["trl"]),))
+
+
 VARIED: tuple[dict[str, Any], ...] = (
     {}, {"validation_data": "v"}, {"lora": {}}, {"warmup_steps": 3, "scheduler_type": "polynomial"},
     {"optimizer_override": "momentum"}, {"validation_data": "v", "save_only_best": True},
