@@ -56,7 +56,11 @@ class ORPO(ReferenceFree):
     summary: ClassVar = "odds-ratio preference optimisation, no reference"
     paper: ClassVar = "huggingface.co/papers/2403.07691"
     trainer_class: ClassVar = "stagekit.trainers.preference:ORPOTrainer"
-    reports: ClassVar = ReferenceFree.reports | {"nll_loss", "log_odds_chosen", "log_odds_ratio"}
+    reports: ClassVar = frozenset(name for name in REPORTS if name.startswith(("rewards/", "logps/"))) | {
+        "nll_loss",
+        "log_odds_chosen",
+        "log_odds_ratio",
+    }
 
 
 class CPO(ReferenceFree):
