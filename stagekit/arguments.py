@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from stagekit.adapters.base import Setting
 from stagekit.ledger import not_applicable
+from stagekit.measures import metric_key
 from stagekit.optimizers import OPTIMIZERS, arguments_of_optimizer
 from stagekit.schedules import KINDS, plateau_kwargs
 
@@ -207,7 +208,8 @@ def _evaluation_and_saving(stage: "TrainingStage") -> Iterable[Setting]:
         yield Setting("eval_steps", stage.evaluation_steps, source)
     if stage.save_only_best:
         best = f"{stage.path}.save_only_best"
-        metric = stage.method.metric_keys[stage.best_checkpoint_metric] or f"eval_{stage.custom_metric_name}"
+        own = f"eval_{stage.custom_metric_name}"
+        metric = own if stage.best_checkpoint_metric == "custom" else metric_key(stage, stage.best_checkpoint_metric)
         yield Setting("save_strategy", "best", best)
         yield Setting("save_total_limit", 1, best)
         yield Setting("load_best_model_at_end", True, best)

@@ -14,7 +14,7 @@ from stagekit.arguments import adam_options, own_schedule
 from stagekit.custom import resolve
 from stagekit.errors import ConfigError, Problem, StageError
 from stagekit.job import Job
-from stagekit.ledger import is_likelihood
+from stagekit.measures import is_likelihood, metric_key, text_metrics_of
 from stagekit.trained import adapter_extras, hold
 
 
@@ -55,6 +55,8 @@ def build(job: Job, resume: Path | None, over: bool = False) -> tuple[Any, dict[
     _read_back(job, trainer.args)
     _quiet_dropouts(job, trainer)
     method.built(job, trainer)
+    if hooks.texts is not None:
+        hooks.texts.plan(trainer.accelerator.unwrap_model(trainer.model))
     _round_reference(trainer.model)
     hold(job, trainer)
     return trainer, callbacks
@@ -247,9 +249,14 @@ def _what_is_tracked(job: Job) -> Any:
     if is_likelihood(stage):
         keys["eval_perplexity"] = "perplexity"
     known = {"loss", "perplexity", "accuracy"}
+    texts = frozenset(text_metrics_of(stage))
+    keys.update({f"eval_{name}": name for name in texts})
+    keys.update({"eval_win_rate_agreement": "win_rate"} if "win_rate" in texts else {})
     listed = "metrics_to_track" in stage.model_fields_set
     names = frozenset(stage.metrics_to_track)
-    return Tracked(keys, names if listed else names & known & set(keys.values()), all_own=not listed)
+    gated = texts & {stage.gate.metric.removeprefix("eval_")} if stage.gate is not None else frozenset()
+    names = names | gated if listed else (names & known & set(keys.values())) | texts
+    return Tracked(keys, names, all_own=not listed)
 
 
 def _hooks(job: Job, tracked: Any, stop: Any, events: Any) -> Any:
@@ -267,6 +274,7 @@ def _hooks(job: Job, tracked: Any, stop: Any, events: Any) -> Any:
         hidden_logs=frozenset(hidden),
         perplexity=is_likelihood(stage),
         evaluate=resolve(function) if function is not None else None,
+        texts=_texts(job),
         loss=resolve(loss) if loss is not None else None,
         sees_loss=events.sees if events is not None else None,
         loss_scale=scale,
@@ -275,6 +283,15 @@ def _hooks(job: Job, tracked: Any, stop: Any, events: Any) -> Any:
         schedule=_schedule(job),
         must_save=stop.leaves,
     )
+
+
+def _texts(job: Job) -> Any:
+    """What measures the answers of the policy; None where no option names such a metric."""
+    if not text_metrics_of(job.stage):
+        return None
+    from stagekit.text_metrics import text_evaluation
+
+    return text_evaluation(job)
 
 
 def _callbacks(job: Job, resume: Path | None, over: bool, tracked: Any) -> dict[str, Any]:
@@ -295,8 +312,7 @@ def _callbacks(job: Job, resume: Path | None, over: bool, tracked: Any) -> dict[
     measures = job.eval_dataset is not None and stage.evaluation_steps > 0
     if stage.early_stopping is not None and measures and not stage.is_evaluation_only and stage.method.trains:
         metric = stage.early_stopping.metric.removeprefix("eval_")
-        key = stage.method.metric_keys.get(metric) or f"eval_{metric}"
-        found["early"] = callbacks.StopEarly(stage.early_stopping, key, resume)
+        found["early"] = callbacks.StopEarly(stage.early_stopping, metric_key(stage, metric), resume)
 
     def why() -> str | None:
         if stop.leaves():

@@ -9,7 +9,7 @@ from stagekit.adapters import METHODS
 from stagekit.adapters.base import Method
 from stagekit.errors import ConfigError
 from stagekit.flat import MOVED, doc_of
-from stagekit.groups import Generation, LoRA, Reference
+from stagekit.groups import Generation, LoRA, Reference, TextMetrics
 from stagekit.ledger import not_applicable
 from stagekit.options import Options, nearest
 from stagekit.pending import PENDING
@@ -44,7 +44,12 @@ def _entry(name: str, cls: type[Method]) -> dict[str, Any]:
 
 
 def _group(key: str) -> Sequence[tuple[str, FieldInfo]]:
-    groups: dict[str, type[Options]] = {"lora": LoRA, "reference": Reference, "generation": Generation}
+    groups: dict[str, type[Options]] = {
+        "lora": LoRA,
+        "reference": Reference,
+        "generation": Generation,
+        "text_metrics": TextMetrics,
+    }
     return list(groups[key].model_fields.items()) if key in groups else []
 
 

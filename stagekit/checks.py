@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from stagekit.arguments import RESERVED, ignored_in_trl
 from stagekit.errors import Problem
-from stagekit.groups import Data
+from stagekit.groups import Data, names_function
+from stagekit.measures import problems_of_libraries, text_metrics_of
 from stagekit.options import nearest
 from stagekit.sources import parse_data, parse_model, problems_of_data, problems_of_model
 from stagekit.trl_fields import fields_of
@@ -81,6 +82,13 @@ def models_of(stage: "TrainingStage") -> Iterator[tuple[str, Any]]:
         value = getattr(stage.method, option, None)
         if value is not None:
             yield f"{stage.path}.method.{option}", value
+    scorer = stage.text_metrics.reward_model if stage.text_metrics is not None else None
+    if scorer is not None and not names_function(scorer):
+        yield _scorer_path(stage), scorer
+
+
+def _scorer_path(stage: "TrainingStage") -> str:
+    return f"{stage.path}.text_metrics.reward_model"
 
 
 def data_of(stage: "TrainingStage") -> Iterator[tuple[str, Any]]:
@@ -107,7 +115,9 @@ def _references(
             name = value.removeprefix("stage:")
             found = list(_earlier(path, name, seen, pipeline))
             yield from found
-            if not found and not gives_policy(seen[name]) and not _goes_on(stage, path, seen[name]):
+            if not found and path == _scorer_path(stage):
+                yield from _scores(path, seen[name])
+            elif not found and not gives_policy(seen[name]) and not _goes_on(stage, path, seen[name]):
                 yield Problem(path, f"stage {name!r} leaves no model ({_why_no_policy(seen[name])})")
     for path, value in data_of(stage):
         source = as_data(value).source
@@ -132,6 +142,14 @@ def _goes_on(stage: "TrainingStage", path: str, before: "TrainingStage") -> bool
     """Whether a stage starts from the reward model of one of its own type."""
     own = stage.method.artifact != "policy" and stage.method.type == before.method.type
     return own and trains(before) and path == f"{stage.path}.model"
+
+
+def _scores(path: str, before: "TrainingStage") -> Iterable[Problem]:
+    """Answers are scored by an outcome reward model."""
+    if not trains(before) or before.method.task != "SEQ_CLS":
+        leaves = f"a {before.method.artifact}" if trains(before) else "no model"
+        message = f"{before.method.type} stage {before.name!r} leaves {leaves}, not a reward model that scores answers"
+        yield Problem(path, f"{message}; name a reward stage")
 
 
 def _why_no_policy(stage: "TrainingStage") -> str:
@@ -189,7 +207,12 @@ def problems_on_disk(pipeline: "TrainingPipeline") -> list[Problem]:
         for path, value in data_of(stage):
             problems += _data(path, value, stage)
         problems += _functions(stage)
+        problems += problems_of_libraries(stage)
     return problems
+
+
+_WITH_PROMPTS = {"messages", "conversations", "chosen"}
+"""Columns that hold a prompt with its answer, so that text metrics can ask it."""
 
 
 def _data(path: str, value: Any, stage: "TrainingStage") -> list[Problem]:
@@ -204,6 +227,8 @@ def _data(path: str, value: Any, stage: "TrainingStage") -> list[Problem]:
             )
         ]
     wanted = stage.method.columns if stage.data_preprocessor is None else ()
+    if path == f"{stage.path}.validation_data" and text_metrics_of(stage):
+        wanted = tuple(columns for columns in wanted if "prompt" in columns or columns[0] in _WITH_PROMPTS)
     return problems_of_data(source, path, wanted, data.columns)
 
 
@@ -217,6 +242,10 @@ def functions_of(stage: "TrainingStage") -> Iterator[tuple[str, Any]]:
             yield f"callbacks.{event}", getattr(stage.callbacks, event)
     if getattr(stage.method, "function", None) is not None:
         yield "method.function", getattr(stage.method, "function")  # noqa: B009 (only custom has it)
+    for option in ("reward_model", "judge"):
+        value = getattr(stage.text_metrics, option, None)
+        if value is not None and names_function(value):
+            yield f"text_metrics.{option}", value
     if stage.generation is not None and stage.generation.backend != "transformers":
         yield "generation.backend", stage.generation.backend
 

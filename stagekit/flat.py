@@ -374,7 +374,7 @@ def _unsayable(stage: "TrainingStage") -> list[Problem]:
     no_name = "has no flat name; keep the slot spelling"
     found = [
         Problem(f"{stage.path}.{name}", no_name)
-        for name in ("model", "generation", "gate")
+        for name in ("model", "generation", "text_metrics", "gate")
         if getattr(stage, name) is not None
     ]
     if stage.reference is not None and stage.reference.mode not in {"auto", "copy", "none"}:

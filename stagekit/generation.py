@@ -30,13 +30,16 @@ class TransformersGenerator:
         fingerprint: str,
         autocast_dtype: torch.dtype | None = None,
         on_token: Callable[[int, int, int], None] | None = None,
+        templated: bool = True,
     ) -> None:
         """Take a model in memory with its tokenizer; `fingerprint` must name both and the sampling.
 
         `on_token(rows, tokens, most)` is called after every token of a batch: how many rows the batch has, how many
         tokens each has got, and how many it gets at most. What it raises ends the batch.
+
+        Not `templated`: the one message of a request is a text that is gone on from as it stands.
         """
-        if not tokenizer.chat_template:
+        if templated and not tokenizer.chat_template:
             raise ConfigError(
                 "the tokenizer has no chat template, so prompts cannot be laid out as conversations. Use an instruct "
                 "model, or give the tokenizer a template (SFTConfig.chat_template_path, tokenizer.chat_template)."
@@ -47,6 +50,7 @@ class TransformersGenerator:
         self.fingerprint = fingerprint
         self.autocast_dtype = autocast_dtype
         self.on_token = on_token
+        self.templated = templated
         self.context_length: int | None = getattr(model.config, "max_position_embeddings", None)
 
     def prompt_length(self, messages: Sequence[Message]) -> int:
@@ -55,6 +59,9 @@ class TransformersGenerator:
 
     def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
         """The token ids that the model is asked to go on from."""
+        if not self.templated:
+            (text,) = messages
+            return list(self.tokenizer(text["content"])["input_ids"])
         encoded = self.tokenizer.apply_chat_template(
             list(messages), tokenize=True, add_generation_prompt=True, return_dict=True
         )

@@ -47,6 +47,32 @@ Model = Annotated[Any, BeforeValidator(_model), WithJsonSchema({"type": ["string
 """How a model is named."""
 
 
+def names_function(value: Any) -> bool:
+    """Whether a value that may be a model or a function is a function, live or by its `package.module:function`."""
+    if not isinstance(value, str):
+        return callable(value)
+    module, colon, name = value.partition(":")
+    parts = [*module.split("."), *name.split(".")]
+    return bool(colon) and module not in {"stage", "package"} and all(part.isidentifier() for part in parts)
+
+
+def _scorer(value: Any) -> Any:
+    if value is None or isinstance(value, str | Path):
+        return value if names_function(value) else _model(value)
+    if hasattr(value, "config") or not callable(value):
+        raise wrong(f"is stage:NAME, a folder, a hub id or a function, not {shown(value)}; save a live model first")
+    return value
+
+
+Scorer = Annotated[
+    Any,
+    BeforeValidator(_scorer),
+    PlainSerializer(lambda value: function_name(value) if callable(value) else value),
+    WithJsonSchema({"type": ["string", "null"]}),
+]
+"""What scores answers: a reward model by its name, or a function."""
+
+
 def _source(value: Any) -> Any:
     if isinstance(value, Path):
         return str(value)
@@ -207,6 +233,29 @@ class Callbacks(Options):
 
     on_stage_error: Function | None = None
     """Called with the exception that fails the stage; not where the user stops it."""
+
+
+class TextMetrics(Options):
+    """How the answers are written and judged that text metrics measure: greedily, one for each prompt of the
+    validation data, by the policy as it is at the evaluation. References are the completions or the chosen answers."""
+
+    max_new_tokens: Positive = 128
+    """Tokens of an answer at most; one that reaches it is measured as it is, cut."""
+
+    batch_tokens: Positive = 16384
+    """Padded tokens (prompt and answer) of one batch at most: bounds the memory."""
+
+    samples: Positive | None = None
+    """Ask only the first of the prompts, this many. None = all."""
+
+    reward_model: Scorer = None
+    """What scores the answers for `reward_score`, and for `win_rate` where there is no `judge`: `stage:NAME` of a
+    reward stage, a folder, a hub id, or a function that returns a number for each answer, called as TRL calls its own:
+    `function(prompts=..., completions=...)`. A model stays in memory, in float32."""
+
+    judge: Function | None = None
+    """Who decides for `win_rate`: `judge(prompts, first, second)` says for each prompt how far the first answer is
+    better (1 wins, 0.5 a tie, 0 loses). It is asked in both orders. None = the higher score of `reward_model`."""
 
 
 class Gate(Options):

@@ -10,6 +10,7 @@ import torch
 from stagekit.errors import StageError
 from stagekit.own_loss import Loss, own_loss
 from stagekit.schedules import make_scheduler
+from stagekit.text_metrics import TextEvaluation
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,8 @@ class Hooks:
     hidden_logs: frozenset[str] = frozenset()
     perplexity: bool = False
     evaluate: Callable[[Any, Any], Mapping[str, float]] | None = None
+    texts: TextEvaluation | None = None
+    """What measures the answers of the model as it is; None: no metric of texts is asked for."""
     tags: tuple[str, ...] = ()
     tracked: Tracked = field(default_factory=Tracked)
     schedule: Callable[[int, int, float], Callable[[int], float]] | None = None
@@ -80,14 +83,19 @@ class Hooked:
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
 
     def evaluation_loop(self, dataloader: Any, *args: Any, **kwargs: Any) -> Any:
-        """Add perplexity and the user's own metrics, where early stopping and best checkpoints see them."""
+        """Add perplexity, metrics of texts and the user's own, where early stopping and best checkpoints see them."""
         output = super().evaluation_loop(dataloader, *args, **kwargs)  # type: ignore[misc]
         prefix = kwargs.get("metric_key_prefix", "eval")
         loss = output.metrics.get(f"{prefix}_loss")
         if self.hooks.perplexity and loss is not None:
             output.metrics[f"{prefix}_perplexity"] = math.exp(loss) if loss < 700 else math.inf
+        if self.hooks.texts is not None:
+            trainer: Any = self
+            measured = self.hooks.texts(trainer.accelerator.unwrap_model(trainer.model))
+            output.metrics.update({f"{prefix}_{name}": value for name, value in measured.items()})
         if self.hooks.evaluate is not None:
             found = self._own_metrics(prefix)
+            self._refuse_twice(found, prefix)
             output.metrics.update(found)
             self.hooks.tracked.own.update(found)
             missing = self.hooks.tracked.missing()
@@ -97,6 +105,14 @@ class Hooked:
                     f"metrics_to_track: {missing[0]!r} was not measured; custom_evaluation_function returned {have}"
                 )
         return output
+
+    def _refuse_twice(self, found: Mapping[str, float], prefix: str) -> None:
+        names = self.hooks.texts.names if self.hooks.texts is not None else ()
+        for name in names:
+            if f"{prefix}_{name}" in found:
+                raise StageError(
+                    f"custom_evaluation_function returned {name!r}, which stagekit measures; rename yours"
+                )
 
     def _own_metrics(self, prefix: str) -> dict[str, float]:
         assert self.hooks.evaluate is not None

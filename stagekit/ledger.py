@@ -11,6 +11,7 @@ from stagekit.adapters.base import SLOTS
 from stagekit.errors import Problem
 from stagekit.flat import FLAT
 from stagekit.freezing import problems_of_freezing
+from stagekit.measures import TEXT_METRICS, answers, is_likelihood, problems_of_measures
 from stagekit.optimizers import problems_of_optimizer
 from stagekit.options import Options
 from stagekit.pending import PENDING, PENDING_VALUES
@@ -296,20 +297,10 @@ def _measuring(stage: "TrainingStage") -> Iterable[Problem]:
             yield Problem("save_only_best", "needs validation_data to know what is best")
     elif stage.save_only_best and stage.evaluation_steps == 0:
         yield Problem("save_only_best", "needs evaluation_steps above 0 to know what is best")
-    known = {"loss", "perplexity", "accuracy"}
-    if stage.custom_evaluation_function is None:
-        for name in stage.metrics_to_track:
-            if name not in known and "metrics_to_track" in given:
-                message = f"{name!r} is no metric of {stage.method.type!r} ({', '.join(sorted(known))}); "
-                yield Problem("metrics_to_track", message + "others come from custom_evaluation_function")
+    yield from problems_of_measures(stage)
     if "perplexity" in stage.metrics_to_track and "metrics_to_track" in given and not is_likelihood(stage):
         whose = f"{stage.method.type!r}, whose loss is" if not stage.method.perplexity else "a custom_loss_function,"
         yield Problem("metrics_to_track", f"'perplexity' means nothing for {whose} no likelihood")
-
-
-def is_likelihood(stage: "TrainingStage") -> bool:
-    """Whether the evaluation loss is a mean negative log-likelihood, so that its exponential means something."""
-    return stage.method.perplexity and stage.custom_loss_function is None
 
 
 def _saving(stage: "TrainingStage") -> Iterable[Problem]:
@@ -324,8 +315,9 @@ def _saving(stage: "TrainingStage") -> Iterable[Problem]:
     for option in ("checkpoint_save_steps", "checkpoint_save_epochs", "max_checkpoints_to_keep"):
         if option in given:
             yield Problem(option, "has no effect with save_only_best: true, which saves at evaluations")
-    if metric not in stage.method.metric_keys and ("best_checkpoint_metric", metric) not in PENDING_VALUES:
-        known = ", ".join(sorted(stage.method.metric_keys))
+    reported = {*stage.method.metric_keys, *(TEXT_METRICS if answers(stage) else ())}
+    if metric not in reported:
+        known = ", ".join(sorted(reported))
         yield Problem("best_checkpoint_metric", f"{stage.method.type!r} does not report {metric!r}; it has {known}")
     if metric == "perplexity" and stage.method.perplexity and not is_likelihood(stage):
         yield Problem("best_checkpoint_metric", "'perplexity' means nothing for a custom_loss_function, no likelihood")

@@ -13,9 +13,9 @@ from stagekit.errors import ConfigError
 References = Sequence[str] | Sequence[Sequence[str]]
 """One reference for each prediction, or a list of them."""
 
-Judge = Callable[[Sequence[str], Sequence[str], Sequence[str]], Sequence[float]]
-"""`judge(prompts, first, second)` says of each prompt how far the first answer is preferred: 1 wins, 0.5 is a tie,
-0 loses."""
+Judge = Callable[[Sequence[Any], Sequence[str], Sequence[str]], Sequence[float]]
+"""`judge(prompts, first, second)` says of each prompt (a text, or a conversation) how far the first answer is
+preferred: 1 wins, 0.5 is a tie, 0 loses."""
 
 
 class WinRate(NamedTuple):
@@ -81,7 +81,7 @@ def rouge(predictions: Sequence[str], references: References, stemmer: bool = Fa
     return sum(scores) / len(scores)
 
 
-def win_rate(judge: Judge, prompts: Sequence[str], candidates: Sequence[str], baselines: Sequence[str]) -> WinRate:
+def win_rate(judge: Judge, prompts: Sequence[Any], candidates: Sequence[str], baselines: Sequence[str]) -> WinRate:
     """How often `candidates` are preferred to `baselines`, each pair judged in both orders.
 
     Judges prefer a position; a judge that always takes the first answer gives 0.5 and an agreement of 0.
@@ -101,7 +101,7 @@ def win_rate(judge: Judge, prompts: Sequence[str], candidates: Sequence[str], ba
     return WinRate(sum(one + other for one, other in both) / (2 * len(both)), agreement, len(both))
 
 
-def _verdicts(judge: Judge, prompts: Sequence[str], first: Sequence[str], second: Sequence[str]) -> list[float]:
+def _verdicts(judge: Judge, prompts: Sequence[Any], first: Sequence[str], second: Sequence[str]) -> list[float]:
     verdicts = list(judge(prompts, first, second))
     if len(verdicts) != len(prompts):
         raise ConfigError(f"the judge gave {len(verdicts)} verdicts on {len(prompts)} prompts")

@@ -317,11 +317,23 @@ def model_fingerprint(path_or_hub: str) -> str:
     files += sorted(entry for entry in path.iterdir() if entry.name.endswith((".safetensors", ".index.json")))
     digest = hashlib.sha256()
     for file in files:
-        digest.update(f"{file.name}\0{_file_fingerprint(file)}\n".encode())
+        content = _adapter_identity(file) if file.name == "adapter_config.json" else _file_fingerprint(file)
+        digest.update(f"{file.name}\0{content}\n".encode())
     base = adapter_base(path)
     if base is not None:
         digest.update(model_fingerprint(base).encode())
     return digest.hexdigest()
+
+
+def _adapter_identity(path: Path) -> str:
+    """An adapter's settings without its base's path, which says where a run stands, and without the order of the
+    names of its modules, which peft takes from a set."""
+    settings = json_object(path)
+    settings.pop("base_model_name_or_path", None)
+    for name, value in settings.items():
+        if isinstance(value, list):
+            settings[name] = sorted(value, key=str)
+    return json.dumps(settings, sort_keys=True)
 
 
 def _file_fingerprint(path: Path) -> str:

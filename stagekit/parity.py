@@ -45,6 +45,7 @@ def table() -> str:
     """The page: all 108 names, single values that are not built yet, and the values of the three selectors."""
     waiting = sum(name in PENDING for name in FLAT)
     values = [(name, value, choice) for name, choices in TABLES.items() for value, choice in choices.items()]
+    single = [f"| `{path}` | `{value}` | {missing} |\n" for (path, value), missing in PENDING_VALUES.items()]
     lines = [
         _HEAD,
         f"{len(FLAT)} names: {len(FLAT) - waiting} effective, {waiting} not built yet: there, another value than the "
@@ -52,9 +53,7 @@ def table() -> str:
         _OPTIONS,
         *(_option(name) for name in sorted(FLAT)),
         "\n",
-        _SINGLE,
-        *(f"| `{path}` | `{value}` | {missing} |\n" for (path, value), missing in PENDING_VALUES.items()),
-        "\n",
+        *([_SINGLE, *single, "\n"] if single else []),
         _VALUES,
         *(_value(name, value, choice) for name, value, choice in values),
     ]

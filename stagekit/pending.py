@@ -30,8 +30,5 @@ PENDING: Mapping[str, str] = {
 }
 """Flat name -> what is missing."""
 
-PENDING_VALUES: Mapping[tuple[str, str], str] = {
-    **{("best_checkpoint_metric", value): "this metric (custom with a function of your own works)" for value in (
-        "f1_score", "bleu", "rouge", "reward_score", "win_rate")},
-}  # fmt: skip
+PENDING_VALUES: Mapping[tuple[str, str], str] = {}
 """(path, value) of single values that are not built yet -> what is missing."""

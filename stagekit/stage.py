@@ -9,7 +9,7 @@ from pydantic import BaseModel, ValidationError
 from stagekit.adapters import MethodField
 from stagekit.adapters.sft import SFT
 from stagekit.flat import as_spelled, path_as_spelled, to_flat, to_slots
-from stagekit.groups import Gate, Generation, LoRA, Model, Reference
+from stagekit.groups import Gate, Generation, LoRA, Model, Reference, TextMetrics
 from stagekit.ledger import problems_of_stage
 from stagekit.options import raise_problems, values_only
 from stagekit.selectors import TABLES
@@ -37,6 +37,9 @@ class TrainingStage(StageOptions):
 
     generation: Generation | None = None
     """How a method that writes its own data samples. None = `Generation()`."""
+
+    text_metrics: TextMetrics | None = None
+    """How answers are written and judged where a metric of texts is asked for. None = `TextMetrics()`."""
 
     gate: Gate | None = None
     """What must hold for the stage's model to be passed on. None = nothing."""

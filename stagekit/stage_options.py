@@ -263,7 +263,8 @@ class CheckpointOptions(Options):
     """Keep the checkpoint with the best metric, and pass that one on. Needs validation data."""
 
     best_checkpoint_metric: CheckpointMetric = "loss"
-    """What "best" means. TRL: `metric_for_best_model`."""
+    """What "best" means; the five after `perplexity` are of the answers that the policy writes (see `text_metrics`).
+    TRL: `metric_for_best_model`."""
 
     custom_metric_name: str = ""
     """The metric where `best_checkpoint_metric` is `custom`: a key that `custom_evaluation_function` returns."""
@@ -282,7 +283,8 @@ class EvaluationOptions(Options):
     """Steps between evaluations on `validation_data`. 0 = never. TRL: `eval_steps`."""
 
     metrics_to_track: tuple[str, ...] = ("loss", "perplexity")
-    """Metrics kept from an evaluation: `loss`, `perplexity` (exp of the loss, where that is a likelihood), `accuracy`,
+    """Metrics kept from an evaluation: `loss`, `perplexity` (exp of the loss, where that is a likelihood), `accuracy`;
+    of the answers that the policy writes (see `text_metrics`) `f1_score`, `bleu`, `rouge`, `reward_score`, `win_rate`;
     and the names that `custom_evaluation_function` returns."""
 
     custom_evaluation_function: Function | None = None

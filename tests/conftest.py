@@ -1,6 +1,7 @@
 """Fixtures for every test: the tiny model, small data sets, one thread and no network."""
 
 import os
+import signal
 import tempfile
 
 
@@ -9,6 +10,8 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a background job of a shell; children inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ["STAGEKIT_CACHE"] = tempfile.mkdtemp(prefix="stagekit-tests-")
 
 import json

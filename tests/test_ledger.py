@@ -252,9 +252,15 @@ BEST = {**VALIDATED, "save_only_best": True}
         ({"save_only_best": True}, {"save_only_best": "needs validation_data to know what is best"}),
         ({**BEST, "evaluation_steps": 0},
          {"save_only_best": "needs evaluation_steps above 0 to know what is best"}),
-        ({**VALIDATED, "metrics_to_track": ["bleu"]},
-         {"metrics_to_track": "'bleu' is no metric of 'sft' (accuracy, loss, perplexity); "
-                              "others come from custom_evaluation_function"}),
+        ({**VALIDATED, "metrics_to_track": ["blue"]},
+         {"metrics_to_track": "'blue' is no metric of 'sft'; did you mean 'bleu'? "
+                              "(others come from custom_evaluation_function)"}),
+        ({**VALIDATED, "method": "reward", "metrics_to_track": ["bleu"]},
+         {"metrics_to_track": "'bleu' is no metric of 'reward'; it has accuracy, loss, perplexity "
+                              "(others come from custom_evaluation_function)"}),
+        ({**VALIDATED, "early_stopping": {"metric": "eval_acuracy"}},
+         {"early_stopping.metric": "'acuracy' is no metric of 'sft'; did you mean 'accuracy'? "
+                                   "(others come from custom_evaluation_function)"}),
         ({**VALIDATED, "method": "dpo", "metrics_to_track": ["perplexity"]},
          {"metrics_to_track": "'perplexity' means nothing for 'dpo', whose loss is no likelihood"}),
         ({"best_checkpoint_metric": "accuracy", "custom_metric_name": "x", "best_checkpoint_metric_maximize": True},
@@ -264,7 +270,10 @@ BEST = {**VALIDATED, "save_only_best": True}
          dict.fromkeys(("checkpoint_save_steps", "checkpoint_save_epochs", "max_checkpoints_to_keep"),
                        "has no effect with save_only_best: true, which saves at evaluations")),
         ({**BEST, "method": "dpo", "best_checkpoint_metric": "perplexity"},
-         {"best_checkpoint_metric": "'dpo' does not report 'perplexity'; it has accuracy, custom, loss"}),
+         {"best_checkpoint_metric": "'dpo' does not report 'perplexity'; it has accuracy, bleu, custom, f1_score, "
+                                    "loss, reward_score, rouge, win_rate"}),
+        ({**BEST, "method": "reward", "best_checkpoint_metric": "bleu"},
+         {"best_checkpoint_metric": "'reward' does not report 'bleu'; it has accuracy, custom, loss"}),
         ({**BEST, "best_checkpoint_metric": "custom"},
          {"custom_metric_name": "best_checkpoint_metric: custom needs it, and a custom_evaluation_function"}),
         ({**BEST, "custom_metric_name": "x", "custom_evaluation_function": "a.b:c"},
@@ -303,6 +312,8 @@ def test_an_option_that_another_makes_void_is_refused_with_the_way_out(
     {**BEST, "best_checkpoint_metric": "custom", "custom_metric_name": "f1", "custom_evaluation_function": "a.b:c"},
     {**BEST, "best_checkpoint_metric": "accuracy", "best_checkpoint_metric_maximize": True},
     {**VALIDATED, "metrics_to_track": ["f1"], "custom_evaluation_function": "a.b:c"},
+    {**VALIDATED, "early_stopping": {"metric": "f1"}, "custom_evaluation_function": "a.b:c"},
+    {**VALIDATED, "method": "dpo", "early_stopping": {"metric": "rewards/margins", "maximize": True}},
     {"is_evaluation_only": True, "training_data": None, **VALIDATED},
     {"frozen_layers": ["layers.0"]}, {"freeze_base_model": True, "trainable_layers": ["lm_head"]},
     {"use_gradual_unfreezing": True, "gradual_unfreezing_interval": 2}, {"unfreeze_top_n_layers": 2, "lora": {}},

@@ -16,6 +16,11 @@ def rows(write_rows: Callable[..., Path], sft_rows: list[Any]) -> str:
     return str(write_rows(sft_rows))
 
 
+class Own:
+    def __call__(self, model: Any, dataset: Any) -> dict[str, float]:
+        return {"own": 1.0}
+
+
 def evaluated(folder: Path) -> list[int]:
     return [line["step"] for line in lines(folder) if "eval_loss" in line]
 
@@ -52,7 +57,10 @@ def test_t49_a_metric_that_nobody_measures_is_told_with_those_that_are(
 ) -> None:
     with pytest.raises(ConfigError, match=r"best_checkpoint_metric: must be .*; did you mean 'accuracy'"):
         stage("s", rows, validation_data=rows, save_only_best=True, best_checkpoint_metric="acuracy")
-    wrong = stage("s", rows, validation_data=rows, evaluation_steps=1, early_stopping={"metric": "acuracy"})
+    watched = {"validation_data": rows, "evaluation_steps": 1, "early_stopping": {"metric": "acuracy"}}
+    with pytest.raises(ConfigError, match=r"early_stopping\.metric: 'acuracy' .*; did you mean 'accuracy'"):
+        stage("s", rows, **watched)
+    wrong = stage("s", rows, **watched, custom_evaluation_function=Own())  # which may measure it
     with pytest.raises(StageError, match=r"early_stopping\.metric: no metric 'eval_acuracy' .* eval_loss"):
         run(tiny_model_path, tmp_path, wrong)
 

@@ -16,6 +16,7 @@ from stagekit import (
     flat,
     groups,
     ledger,
+    measures,
     options,
     parity,
     parse,
@@ -45,8 +46,8 @@ from stagekit.adapters import (
 
 
 DESCRIBING = (
-    arguments, checks, digest, errors, flat, groups, ledger, options, parity, parse, pending, pipeline, selectors,
-    stage, stage_options, trl_fields, base, constitutional, custom, dpo, evaluation, kto, process_reward,
+    arguments, checks, digest, errors, flat, groups, ledger, measures, options, parity, parse, pending, pipeline,
+    selectors, stage, stage_options, trl_fields, base, constitutional, custom, dpo, evaluation, kto, process_reward,
     reference_free, references, reward, scoring, sft, unbuilt,
 )  # fmt: skip
 

@@ -209,7 +209,7 @@ def test_a_stage_needs_a_name() -> None:
 def test_every_family_s_option_is_an_option_of_the_stage() -> None:
     assert set(StageOptions.model_fields) < set(TrainingStage.model_fields)
     assert set(TrainingStage.model_fields) - set(StageOptions.model_fields) == {
-        "method", "model", "lora", "reference", "generation", "gate", "scheduler_kwargs", "trl"
+        "method", "model", "lora", "reference", "generation", "text_metrics", "gate", "scheduler_kwargs", "trl"
     }  # fmt: skip
 
 

@@ -24,7 +24,7 @@ class Setting(NamedTuple):
     source: str
 
 
-SLOTS = ("model", "lora", "reference", "generation", "trl")
+SLOTS = ("model", "lora", "reference", "generation", "text_metrics", "trl")
 """Options of a stage that belong to no family: each stage type says which of them it uses."""
 
 
@@ -57,6 +57,8 @@ class Method(Tagged):
     """Names of the datasets that the stage leaves behind for later ones."""
     metric_keys: ClassVar[Mapping[str, str]] = {"loss": "eval_loss", "custom": ""}
     """`best_checkpoint_metric` -> the key under which the trainer reports it."""
+    reports: ClassVar[frozenset[str]] = frozenset()
+    """What else the trainer tells of an evaluation, without `eval_`; early stopping can watch it."""
     perplexity: ClassVar[bool] = False
     """Whether the evaluation loss is a mean negative log-likelihood, so that its exponential means something."""
     takes_loss: ClassVar[bool] = False

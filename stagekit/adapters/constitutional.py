@@ -71,7 +71,7 @@ class Constitutional(Method):
     trainer_class: ClassVar = "trl:SFTTrainer"
     config_class: ClassVar = "trl:SFTConfig"
     default_learning_rate: ClassVar = 2e-5
-    slots: ClassVar = frozenset({"model", "lora", "generation", "trl"})
+    slots: ClassVar = frozenset({"model", "lora", "generation", "text_metrics", "trl"})
     columns: ClassVar = (("prompt",),)
     makes: ClassVar = ("revisions", "preferences")
     metric_keys: ClassVar = {
@@ -80,6 +80,7 @@ class Constitutional(Method):
         "perplexity": "eval_perplexity",
         "custom": "",
     }
+    reports: ClassVar = frozenset({"entropy", "aux_loss"})
     perplexity: ClassVar = True
     takes_loss: ClassVar = True
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from stagekit.adapters.base import Method, Setting, in_effect, setting
 from stagekit.adapters.references import (
+    REPORTS,
     cache_arguments,
     precomputes,
     reference_built,
@@ -67,10 +68,11 @@ class DPO(Method):
     trainer_class: ClassVar = "trl:DPOTrainer"
     config_class: ClassVar = "trl:DPOConfig"
     default_learning_rate: ClassVar = 1e-6
-    slots: ClassVar = frozenset({"model", "lora", "reference", "trl"})
+    slots: ClassVar = frozenset({"model", "lora", "reference", "text_metrics", "trl"})
     columns: ClassVar = (("prompt", "chosen", "rejected"), ("chosen", "rejected"))
     optional_columns: ClassVar = ("chosen_prob",)
     metric_keys: ClassVar = {"loss": "eval_loss", "accuracy": "eval_rewards/accuracies", "custom": ""}
+    reports: ClassVar = REPORTS | {"mean_token_accuracy"}
 
     def settings(self, stage: "TrainingStage") -> Iterable[Setting]:
         """The loss, its strength, and how the reference is kept."""

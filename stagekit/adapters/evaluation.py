@@ -30,7 +30,7 @@ class Evaluation(Method):
     trainer_class: ClassVar = "trl:SFTTrainer"
     config_class: ClassVar = "trl:SFTConfig"
     families: ClassVar = frozenset({Identity, DataOptions, Loop, PrecisionOptions, EvaluationOptions, CallbackOptions})
-    slots: ClassVar = frozenset({"model", "trl"})
+    slots: ClassVar = frozenset({"model", "text_metrics", "trl"})
     instead: ClassVar = NO_TRAINING
     refused: ClassVar = {
         **dict.fromkeys(

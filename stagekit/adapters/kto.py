@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from stagekit.adapters.base import Method, Setting, in_effect, setting
 from stagekit.adapters.references import (
+    REPORTS,
     reference_built,
     reference_callbacks,
     reference_of,
@@ -40,7 +41,8 @@ class KTO(Method):
     trainer_class: ClassVar = "trl:KTOTrainer"
     config_class: ClassVar = "trl:KTOConfig"
     default_learning_rate: ClassVar = 1e-6
-    slots: ClassVar = frozenset({"model", "lora", "reference", "trl"})
+    slots: ClassVar = frozenset({"model", "lora", "reference", "text_metrics", "trl"})
+    reports: ClassVar = REPORTS | {"kl"}
     columns: ClassVar = (("prompt", "completion", "label"), ("prompt", "chosen", "rejected"), ("chosen", "rejected"))
 
     def settings(self, stage: "TrainingStage") -> Iterable[Setting]:

@@ -33,6 +33,7 @@ class ProcessReward(Scoring):
     default_learning_rate: ClassVar = 1e-5
     columns: ClassVar = (("prompt", "completions", "labels"),)
     task: ClassVar = "TOKEN_CLS"
+    reports: ClassVar = frozenset({"majority_baseline"})
 
     def settings(self, stage: "TrainingStage") -> Iterable[Setting]:
         """How steps are laid out, and the adapter's dropout."""

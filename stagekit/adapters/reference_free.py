@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from stagekit.adapters.base import Method, Setting, in_effect, setting
-from stagekit.adapters.references import OWNED
+from stagekit.adapters.references import OWNED, REPORTS
 from stagekit.errors import Problem
 from stagekit.options import Fraction, NonNegativeFloat, PositiveFloat
 
@@ -20,9 +20,10 @@ class ReferenceFree(Method):
     config_class: ClassVar = "trl:DPOConfig"
     trainer_class: ClassVar = "stagekit.trainers.preference:ReferenceFreeDPOTrainer"
     default_learning_rate: ClassVar = 1e-6
-    slots: ClassVar = frozenset({"model", "lora", "trl"})
+    slots: ClassVar = frozenset({"model", "lora", "text_metrics", "trl"})
     columns: ClassVar = (("prompt", "chosen", "rejected"), ("chosen", "rejected"))
     metric_keys: ClassVar = {"loss": "eval_loss", "accuracy": "eval_rewards/accuracies", "custom": ""}
+    reports: ClassVar = REPORTS | {"mean_token_accuracy"}
 
     def settings(self, stage: "TrainingStage") -> Iterable[Setting]:
         """The reference's columns are constants, so no reference model is ever loaded."""
@@ -55,6 +56,11 @@ class ORPO(ReferenceFree):
     summary: ClassVar = "odds-ratio preference optimisation, no reference"
     paper: ClassVar = "huggingface.co/papers/2403.07691"
     trainer_class: ClassVar = "stagekit.trainers.preference:ORPOTrainer"
+    reports: ClassVar = frozenset(name for name in REPORTS if name.startswith(("rewards/", "logps/"))) | {
+        "nll_loss",
+        "log_odds_chosen",
+        "log_odds_ratio",
+    }
 
 
 class CPO(ReferenceFree):

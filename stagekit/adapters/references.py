@@ -24,6 +24,12 @@ OWNED = {
 }
 """Arguments that change what stagekit must know of the loss and the reference."""
 
+REPORTS = frozenset(
+    {f"{what}/{side}" for what in ("rewards", "logps", "logits") for side in ("chosen", "rejected")}
+    | {"rewards/margins", "entropy", "aux_loss"}
+)
+"""What the trainers of pairs tell of an evaluation."""
+
 
 def reference_of(stage: "TrainingStage") -> Reference:
     """The stage's reference, declared or not."""

@@ -34,6 +34,7 @@ class Reward(Scoring):
     columns: ClassVar = (("prompt", "chosen", "rejected"), ("chosen", "rejected"))
     optional_columns: ClassVar = ("margin",)
     task: ClassVar = "SEQ_CLS"
+    reports: ClassVar = frozenset({"min_reward", "mean_reward", "max_reward", "margin"})
 
     def settings(self, stage: "TrainingStage") -> Iterable[Setting]:
         """The centring of scores, and the adapter's dropout."""

@@ -15,6 +15,7 @@ class SFT(Method):
     trainer_class: ClassVar = "trl:SFTTrainer"
     config_class: ClassVar = "trl:SFTConfig"
     default_learning_rate: ClassVar = 2e-5
+    slots: ClassVar = frozenset({"model", "lora", "text_metrics", "trl"})
     columns: ClassVar = (("messages",), ("prompt", "completion"), ("text",), ("conversations",), ("input_ids",))
     metric_keys: ClassVar = {
         "loss": "eval_loss",
@@ -22,5 +23,6 @@ class SFT(Method):
         "perplexity": "eval_perplexity",
         "custom": "",
     }
+    reports: ClassVar = frozenset({"entropy", "aux_loss"})
     perplexity: ClassVar = True
     takes_loss: ClassVar = True
