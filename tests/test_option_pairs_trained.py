@@ -21,11 +21,21 @@ from tests.test_option_pairs import APPLYING, BESIDE, HERE, ids
 SEED = 2026
 COUNT = 20
 
-TRAINABLE = [(name, kind) for name, kind in APPLYING if METHODS[kind].trains and name in CASES]
+MEASURES_WHAT_WAS_TRAINED = {("is_evaluation_only", "reward"), ("is_evaluation_only", "process_reward")}
+"""They need a reward model that is there: see `tests/adapters/test_reward.py` and `test_process_reward.py`."""
+
+TRAINABLE = [
+    (name, kind)
+    for name, kind in APPLYING
+    if METHODS[kind].trains and name in CASES and (name, kind) not in MEASURES_WHAT_WAS_TRAINED
+]
 """fp16's loss scale is none of them: it needs a GPU."""
 
 OF_EVERY_TYPE = {"metrics_to_track", "preference_label_smoothing"}
 """Options whose values in `test_every_option` are of one type only."""
+
+LENGTHS = {"reward": 30, "process_reward": 12}
+"""A `max_length` that cuts or leaves out some of the type's rows, where that of the other types takes none or all."""
 
 BASE = {"max_steps": 3, "batch_size": 4, "logging_steps": 1, "learning_rate": 1e-3}
 
@@ -42,7 +52,8 @@ def case_to_train(name: str, kind: str) -> Case:
     known = CASES[name]
     values = HERE[name] if name in OF_EVERY_TYPE else known
     trains = {} if name == "is_evaluation_only" else BASE
-    return Case(values.a, values.b, known.observe, {**trains, **BESIDE.get((name, kind), values.shared)}, kind)
+    second = {"options": {"max_length": LENGTHS[kind]}} if name == "options" and kind in LENGTHS else values.b
+    return Case(values.a, second, known.observe, {**trains, **BESIDE.get((name, kind), values.shared)}, kind)
 
 
 @pytest.fixture
