@@ -16,6 +16,7 @@ from stagekit.pending import PENDING, PENDING_VALUES
 from stagekit.schedules import problems_of_schedule
 from stagekit.stage_options import (
     CheckpointOptions,
+    DistributedOptions,
     FreezingOptions,
     Loop,
     OptimizerOptions,
@@ -39,7 +40,7 @@ class Entry(NamedTuple):
     reason: str
 
 
-_ONLY_TRAINING = (OptimizerOptions, ScheduleOptions, FreezingOptions, CheckpointOptions)
+_ONLY_TRAINING = (OptimizerOptions, ScheduleOptions, FreezingOptions, CheckpointOptions, DistributedOptions)
 _LOOP_OF_EVALUATION = {"batch_size", "random_seed", "use_deterministic_algorithms"}
 
 

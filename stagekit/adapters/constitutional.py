@@ -72,6 +72,10 @@ class Constitutional(Method):
     config_class: ClassVar = "trl:SFTConfig"
     default_learning_rate: ClassVar = 2e-5
     slots: ClassVar = frozenset({"model", "lora", "generation", "trl"})
+    refused: ClassVar = {
+        "distributed_strategy": "one process writes the texts; to learn them in several, leave this stage as it is and "
+        "add an sft stage with distributed_strategy: ddp on stage:NAME/revisions"
+    }
     columns: ClassVar = (("prompt",),)
     makes: ClassVar = ("revisions", "preferences")
     metric_keys: ClassVar = {
