@@ -1,5 +1,5 @@
-"""`python -m stagekit.child RUN INDEX DIGEST`: run one stage of a run folder. Started by `stagekit.children`, and where
-its work is split by `stagekit.launch`, once for each process."""
+"""`python -m stagekit.child RUN INDEX DIGEST`: run one stage of a run folder. Started by `stagekit.children`; where
+the work is split, by `stagekit.launch`, once for each process."""
 
 import os
 import select

@@ -2,8 +2,8 @@
 
 The parent keeps the other end of the socket that is the stage's standard input. It never writes to it; that it closes
 asks the stage to stop, and it closes too when the parent is gone. The open file with the run's lock is sent into the
-socket and never received: whoever has the socket open holds the lock. So it reaches the processes that torchrun starts,
-which inherit nothing but the standard streams.
+socket and never received: whoever has the socket open holds the lock. So it reaches the processes of torchrun, which
+inherit nothing but the standard streams.
 """
 
 import os
@@ -32,12 +32,12 @@ def run_in_child(task: Task, stop: Stop, held: IO[str]) -> StageResult:
     ours, theirs = socket.socketpair()
     with ours, theirs:
         socket.send_fds(ours, [b"l"], [held.fileno()])
-        child = subprocess.Popen(_command(task), stdin=theirs, start_new_session=True, env=_environment(task))
+        child = subprocess.Popen(_command(task), stdin=theirs.fileno(), start_new_session=True, env=_environment(task))
         theirs.close()
         code = _waited(child, stop, ours, insist=signal.SIGINT if task.processes > 1 else signal.SIGKILL)
     result = StageResult.read(task.folder / "result.json", task.run)
     reason = result.reason if result is not None else ""
-    died = code < 0 or code > 128 and code != EXIT["interrupted"]
+    died = code < 0 or (code > 128 and code != EXIT["interrupted"])
     if code == EXIT["completed"] and result is not None:
         return result
     if code == EXIT["interrupted"]:

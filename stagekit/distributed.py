@@ -76,8 +76,8 @@ def _differences(stages: "Iterable[TrainingStage]", live: int, isolate: bool) ->
         if live > 1 and not splits(stage):
             yield Problem(
                 path,
-                f"'none' runs in one process, and this launch has {live}; set ddp, or use `stagekit run`, which starts "
-                "as many as each stage needs",
+                f"'none' runs in one process, and this launch has {live}; set ddp, or use `stagekit run`, which "
+                "starts as many as each stage needs",
             )
         elif live == 1 and splits(stage) and not isolate:
             yield Problem(path, _NEEDS_A_LAUNCH)
@@ -94,7 +94,7 @@ def _count_to_start(wanted: int | None) -> int:
 
 
 def visible_gpus() -> int:
-    """How many NVIDIA GPUs a process started here would see; asked of the driver, since torch takes seconds to load."""
+    """How many NVIDIA GPUs a process started here would see, by the driver: torch takes seconds to load."""
     chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
     if chosen is not None:
         return len([one for one in chosen.partition("-1")[0].split(",") if one.strip()])

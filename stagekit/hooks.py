@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from stagekit import ranks
+from stagekit.distributed import live_processes
 from stagekit.errors import StageError
 from stagekit.own_loss import Loss, own_loss
 from stagekit.schedules import make_scheduler
@@ -131,7 +132,7 @@ class Hooked:
                 f"none of the {name} rows is left; their prompts are longer than max_length "
                 f"({trainer.args.max_length}). Raise trl.max_length"
             )
-        if ranks.live_processes() > 1:
+        if live_processes() > 1:
             place = ranks.tell(dataset._get_cache_file_path(""))
             dataset = copy.copy(dataset)
             dataset._get_cache_file_path = lambda fingerprint: place

@@ -19,13 +19,15 @@ def main(arguments: list[str]) -> int:
     """Run torchrun; returns the exit code."""
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.run import parse_args, run
+    from torch.distributed.run import get_args_parser, run
 
     count, *rest = arguments
-    given = parse_args(["--standalone", "--nproc-per-node", count, "--module", "stagekit.child", *rest])
+    given = get_args_parser().parse_args(
+        ["--standalone", "--nproc-per-node", count, "--module", "stagekit.child", *rest]
+    )
     logging.disable(logging.ERROR)  # what torchrun says of a failure, the stage's result says better
     try:
-        run(given)
+        run(given)  # type: ignore[no-untyped-call]
     except ChildFailedError as error:
         return exit_code(error.failures.values())
     except SignalException as error:

@@ -84,9 +84,7 @@ def _walk(
         again = set(names[names.index(from_stage) :]) if from_stage is not None else set()
         results: list[StageResult] = []
         for index, stage in enumerate(pipeline.stages[: last + 1]):
-            task = Task(
-                pipeline, index, run, known[stage.name], tuple(results), processes_of(stage, processes)
-            )
+            task = Task(pipeline, index, run, known[stage.name], tuple(results), processes_of(stage, processes))
             if stage.name not in kept and again & _reads(pipeline, index, results):
                 again.add(stage.name)
             results.append(_step(task, kept.get(stage.name), stage.name in again, execute, stop, show, held))

@@ -73,8 +73,8 @@ class Constitutional(Method):
     default_learning_rate: ClassVar = 2e-5
     slots: ClassVar = frozenset({"model", "lora", "generation", "trl"})
     refused: ClassVar = {
-        "distributed_strategy": "one process writes the texts; to learn them in several, leave this stage as it is and "
-        "add an sft stage with distributed_strategy: ddp on stage:NAME/revisions"
+        "distributed_strategy": "one process writes the texts; to learn them in several, put an sft stage on "
+        "stage:NAME/revisions, with distributed_strategy: ddp"
     }
     columns: ClassVar = (("prompt",),)
     makes: ClassVar = ("revisions", "preferences")
