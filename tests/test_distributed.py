@@ -1,4 +1,5 @@
-"""Stages whose work is split over processes: the same numbers as in one, one account of it, no process left behind."""
+"""Stages whose work is split over processes: the same numbers as in one, one account of it, and what is refused.
+How they are started and end is in `test_launches.py`."""
 
 import json
 import subprocess
@@ -18,6 +19,7 @@ from stagekit import ConfigError, TrainingPipeline, TrainingStage
 from stagekit.callbacks import Wrapped
 from stagekit.digest import digests
 from stagekit.distributed import configuration, count_processes, live_processes, visible_gpus
+from stagekit.environment import stage_environment
 from stagekit.errors import StageError
 from stagekit.launch import exit_code
 from stagekit.plan import as_text, plan
@@ -27,7 +29,6 @@ from tests.running import account, lines, losses, pipeline, stage, weights
 from tests.test_isolation import ROOT
 
 
-Write = Callable[..., Path]
 CLOSE = 1e-5
 """Largest difference of a loss, or of a weight, that the order of a sum in float32 explains here: losses around 10 and
 weights around 1 after 8 steps; measured 2e-6 and 7e-7."""
@@ -184,10 +185,11 @@ def test_ddp_in_a_process_alone_names_the_ways_to_start_it(
     tiny_model_path: str, tmp_path: Path, environment: Callable[..., None]
 ) -> None:
     one = ddp(tiny_model_path, tmp_path, distributed_strategy="ddp")
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "a", "completion": "b"}) + "\n")
     for inside in ({}, {"RANK": "0", "WORLD_SIZE": "1"}):
         environment(**inside)
         with pytest.raises(ConfigError, match=r"stages\.s\.distributed_strategy: 'ddp' runs in several processes"):
-            count_processes(one)
+            one.run()
         with pytest.raises(
             ConfigError, match=r"`stagekit run`, with pipeline\.run\(isolate=True\), or under torchrun"
         ):
@@ -293,18 +295,23 @@ def test_every_strategy_says_its_arguments_or_that_no_trainer_has_it(strategy: s
 @pytest.mark.parametrize("strategy", ["zero1", "zero2", "zero3"])
 def test_a_deepspeed_configuration_takes_everything_from_the_trainers(strategy: str, tiny_model: Any) -> None:
     """Trap T56: a value that is said twice and differs is an error of transformers, or wins without a word."""
-    from accelerate.utils import HfDeepSpeedConfig
+    from accelerate.utils.deepspeed import HfDeepSpeedConfig
     from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
     from trl import SFTConfig
+
+    class Filled(HfTrainerDeepSpeedConfig, HfDeepSpeedConfig):
+        """As the trainer makes it, but where deepspeed is not installed too."""
+
+        def __init__(self, config: dict[str, Any]) -> None:
+            HfDeepSpeedConfig.__init__(self, config)
+            self.mismatches: list[str] = []
 
     given = configuration(strategy, 2)["deepspeed"]
     args = SFTConfig(
         use_cpu=True, bf16=True, per_device_train_batch_size=3, gradient_accumulation_steps=5, max_grad_norm=0.25,
         output_dir="out",
     )  # fmt: skip
-    filled = HfTrainerDeepSpeedConfig.__new__(HfTrainerDeepSpeedConfig)  # its own start wants deepspeed installed
-    HfDeepSpeedConfig.__init__(filled, given)
-    filled.mismatches = []
+    filled = Filled(given)
     filled.trainer_config_process(args)
     filled.trainer_config_finalize(args, tiny_model, 100)
     config = filled.config
@@ -327,7 +334,8 @@ def test_an_fsdp_configuration_has_accelerates_names(strategy: str) -> None:
     from trl import SFTConfig
 
     found = configuration(strategy, 8)
-    args = SFTConfig(output_dir="out", use_cpu=True, fsdp=found["fsdp"], fsdp_config=dict(found["fsdp_config"]))
+    with stage_environment():  # it sets environment variables
+        args = SFTConfig(output_dir="out", use_cpu=True, fsdp=found["fsdp"], fsdp_config=dict(found["fsdp_config"]))
     known = {one.name for one in fields(FullyShardedDataParallelPlugin)}
     assert set(args.fsdp_plugin_args) <= known
     asked = {key if key != "version" else "fsdp_version": value for key, value in found["fsdp_config"].items()}
