@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from stagekit.adapters.base import Setting
+from stagekit.distributed import splits
 from stagekit.ledger import not_applicable
 from stagekit.measures import metric_key
 from stagekit.optimizers import OPTIMIZERS, arguments_of_optimizer
@@ -98,6 +99,9 @@ def _common(stage: "TrainingStage") -> Iterable[Setting]:
     steps = stage.max_steps
     yield Setting("max_steps", steps if steps > 0 else -1, _source(stage, "max_steps"))
     yield from _order(stage)
+    if splits(stage):
+        frozen = f"{stage.path}.use_gradual_unfreezing" if stage.use_gradual_unfreezing else "stagekit"
+        yield Setting("ddp_find_unused_parameters", stage.use_gradual_unfreezing, frozen)
     yield from _optimizer(stage)
     yield from _schedule(stage)
     yield from _logging(stage)

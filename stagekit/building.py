@@ -12,6 +12,7 @@ from typing import Any
 
 from stagekit.arguments import adam_options, own_schedule
 from stagekit.custom import resolve
+from stagekit.distributed import live_processes, splits
 from stagekit.errors import ConfigError, Problem, StageError
 from stagekit.job import Job
 from stagekit.measures import is_likelihood, metric_key, text_metrics_of
@@ -138,6 +139,8 @@ def make_config(job: Job, config_class: Any) -> Any:
     kwargs = {setting.target: setting.value for setting in job.settings}
     accelerator = torch.cuda.is_available() or torch.backends.mps.is_available()
     kwargs.setdefault("use_cpu", not accelerator)
+    if live_processes() > 1 and kwargs["use_cpu"]:
+        kwargs.setdefault("ddp_backend", "gloo")
     kwargs["output_dir"] = str(job.checkpoints)
     given = kwargs.pop("model_init_kwargs", None)
     if job.model is not None and job.model.adapter is None:
@@ -195,9 +198,11 @@ def _model(job: Job) -> Any:
     return model
 
 
-def _device_map() -> str | None:
+def _device_map() -> str | dict[str, int] | None:
     import torch
 
+    if live_processes() > 1 and torch.cuda.is_available():
+        return {"": torch.cuda.current_device()}  # a whole model in each process
     return "auto" if torch.cuda.is_available() else None
 
 
@@ -307,6 +312,8 @@ def _callbacks(job: Job, resume: Path | None, over: bool, tracked: Any) -> dict[
         "bar": callbacks.Bar(job.show, "training"),
         "stop": stop,
     }
+    if splits(stage):
+        found["wrapped"] = callbacks.Wrapped(stage.distributed_strategy)
     if stage.checkpoint_save_epochs > 0 and not stage.save_only_best:
         found["epochs"] = callbacks.SaveByEpoch(stage.checkpoint_save_epochs)
     measures = job.eval_dataset is not None and stage.evaluation_steps > 0

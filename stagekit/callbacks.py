@@ -8,9 +8,11 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
+from stagekit import ranks
 from stagekit.errors import Interrupted, StageError
 from stagekit.files import sync_files, write_text
 from stagekit.groups import EarlyStopping
@@ -72,6 +74,7 @@ class Totals(TrainerCallback):  # type: ignore[misc]
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Write the sums into the checkpoint."""
         trainer = self.trainer
+        trainer._tr_loss.fill_(ranks.mean(float(trainer._tr_loss)))  # of all processes, as the next log line has it
         totals = {
             "window": float(trainer._tr_loss),
             "before": trainer._total_loss_scalar,
@@ -82,7 +85,8 @@ class Totals(TrainerCallback):  # type: ignore[misc]
             "limit": self._limit,
         }
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        write_text(folder / TOTALS, json.dumps(totals, default=float) + "\n")
+        if state.is_world_process_zero:
+            write_text(folder / TOTALS, json.dumps(totals, default=float) + "\n")
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -112,11 +116,15 @@ class Marker(TrainerCallback):  # type: ignore[misc]
             Interrupted: the user asked to stop. Here, since a trainer that ends by itself deletes and loads
                 checkpoints as if it were done.
         """
-        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        (folder / MARK).unlink(missing_ok=True)
-        write_text(folder / MARK, json.dumps(sync_files(folder)) + "\n")
+        ranks.wait()  # each process leaves its random state there
+        ranks.once(lambda: _mark(Path(args.output_dir) / f"checkpoint-{state.global_step}"))
         if self._leave is not None and self._leave():
             raise Interrupted(f"stopped at step {state.global_step}")
+
+
+def _mark(folder: Path) -> None:
+    (folder / MARK).unlink(missing_ok=True)
+    write_text(folder / MARK, json.dumps(sync_files(folder)) + "\n")
 
 
 class Metrics(TrainerCallback):  # type: ignore[misc]
@@ -126,7 +134,8 @@ class Metrics(TrainerCallback):  # type: ignore[misc]
     def __init__(self, path: Path, resumed_at: int, over: bool, tracked: Tracked) -> None:
         self._path, self._tracked = path, tracked
         kept = [line for line, record in _records(path) if _stands(record, resumed_at, over)]
-        write_text(path, "".join(f"{line}\n" for line in kept))
+        if ranks.rank() == 0:
+            write_text(path, "".join(f"{line}\n" for line in kept))
 
     def on_log(
         self,
@@ -196,6 +205,10 @@ class Bar(TrainerCallback):  # type: ignore[misc]
             self._progress.close()
 
 
+_REASONS = ("", OUT_OF_TIME, "interrupted")
+"""Why a stage stops, the stronger reason last."""
+
+
 class StopAndSave(TrainerCallback):  # type: ignore[misc]
     """Ends training at a checkpoint when the user asks, or when the stage's time is up. `reason` says which it was."""
 
@@ -210,16 +223,38 @@ class StopAndSave(TrainerCallback):  # type: ignore[misc]
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Look at the clock and at the user."""
+        """Look at the clock and at the user. One process that stops stops all, at the same step."""
         if state.global_step >= state.max_steps:
             return
-        if self._stop():
-            self.reason = "interrupted"
-        elif self._limit is not None and time.monotonic() - self._started > self._limit:
-            self.reason = OUT_OF_TIME
+        over = self._limit is not None and time.monotonic() - self._started > self._limit
+        self.reason = _REASONS[ranks.largest(2 if self._stop() else int(over))]
         if self.reason:
             control.should_save = True
             control.should_training_stop = True
+
+
+class Wrapped(TrainerCallback):  # type: ignore[misc]
+    """Sees that the work is split as declared: accelerate can fall back to another strategy without a word."""
+
+    def __init__(self, strategy: str) -> None:
+        self._strategy = strategy
+        self.trainer: Any = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Look at the wrapped model.
+
+        Raises:
+            StageError: it is wrapped in something else, or there is only one process.
+        """
+        model, processes = self.trainer.model_wrapped, self.trainer.accelerator.num_processes
+        if not isinstance(model, DistributedDataParallel) or processes < 2:
+            raise StageError(
+                f"distributed_strategy: {self._strategy!r} was asked for, but the model is a {type(model).__name__} "
+                f"in {processes} process{'es' if processes > 1 else ''}; this version of accelerate does not do what "
+                "stagekit expects"
+            )
 
 
 class SaveByEpoch(TrainerCallback):  # type: ignore[misc]

@@ -68,6 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     plans = command("plan", _plan, "print, stage by stage, the exact TRL arguments and where each came from")
     _takes_file(plans)
     plans.add_argument("--json", action="store_true", help="print JSON")
+    add_num_processes(plans)
     stages = command("stages", _stages, "list the stage types, or one type's options with defaults")
     stages.add_argument("type", nargs="?", metavar="TYPE")
     stages.add_argument("--json", action="store_true", help="print JSON")
@@ -89,6 +90,13 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--fresh", action="store_true", help="start over; results in the run folder are deleted")
     parser.add_argument("--from-stage", metavar="S", help="run this stage and those after it again")
     parser.add_argument("--until-stage", metavar="S", help="the last stage to run")
+    add_num_processes(parser)
+
+
+def add_num_processes(parser: argparse.ArgumentParser) -> None:
+    """The option that says over how many processes the work of a stage is split."""
+    about = "processes of a stage with distributed_strategy: ddp (default: one per GPU, 2 without)"
+    parser.add_argument("--num-processes", metavar="N", type=int, help=about)
 
 
 def _run(given: argparse.Namespace) -> int:
@@ -99,15 +107,24 @@ def _run(given: argparse.Namespace) -> int:
 
 
 def run_pipeline(pipeline: Any, given: argparse.Namespace) -> int:
-    """Run a pipeline, each stage in a process of its own, and say where everything lies."""
+    """Run a pipeline, each stage in a process of its own, and say where everything lies. Under torchrun the stages run
+    in the processes that are there."""
+    from stagekit.distributed import live_processes
     from stagekit.walk import walk
 
     result = walk(
-        pipeline, fresh=given.fresh, from_stage=given.from_stage, until_stage=given.until_stage, isolate=True
+        pipeline,
+        fresh=given.fresh,
+        from_stage=given.from_stage,
+        until_stage=given.until_stage,
+        isolate=live_processes() == 1,
+        num_processes=given.num_processes,
     )
+    from stagekit.ranks import rank
     from stagekit.report import show_end
 
-    show_end(result)
+    if rank() == 0:
+        show_end(result)
     return 0
 
 
@@ -123,14 +140,15 @@ def _check(given: argparse.Namespace) -> int:
 def _plan(given: argparse.Namespace) -> int:
     from stagekit.parse import load
 
-    return print_plan(load(given.file, given.assignments), given.json)
+    return print_plan(load(given.file, given.assignments), given.num_processes, given.json)
 
 
-def print_plan(pipeline: Any, as_json: bool = False) -> int:
+def print_plan(pipeline: Any, num_processes: int | None = None, as_json: bool = False) -> int:
     """Print the plan of a pipeline."""
+    from stagekit.distributed import count_processes, live_processes
     from stagekit.plan import as_text, plan
 
-    plans = plan(pipeline)
+    plans = plan(pipeline, count_processes(pipeline, num_processes, isolate=live_processes() == 1))
     print(json.dumps(plans, indent=2, default=str) if as_json else as_text(plans))
     return 0
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stagekit.checks import as_data, data_of, functions_of, gives_policy, models_of, module_file
+from stagekit.distributed import splits
 from stagekit.options import function_name
 from stagekit.sources import fingerprint_of_path, parse_data, parse_model
 
@@ -26,8 +27,13 @@ stage that ran out of `max_duration` goes on with a longer one (`walk.py`)."""
 _SAMPLE_BYTES = 1 << 20
 
 
-def digests(pipeline: "TrainingPipeline") -> dict[str, str | None]:
-    """Stage name -> digest. None where a live object takes part: such a stage always runs."""
+def digests(pipeline: "TrainingPipeline", processes: int = 1) -> dict[str, str | None]:
+    """Stage name -> digest. None where a live object takes part: such a stage always runs.
+
+    Args:
+        pipeline: The pipeline.
+        processes: Over how many the work of a stage that splits it is split: its batches are larger by as much.
+    """
     found: dict[str, str | None] = {}
     policy = _model_identity(pipeline.model)
     for stage in pipeline.stages:
@@ -43,6 +49,7 @@ def digests(pipeline: "TrainingPipeline") -> dict[str, str | None]:
             "models": models,
             "data": data,
             "functions": functions,
+            **({"processes": processes} if splits(stage) else {}),
         }
         named = [*models.values(), *data.values(), *functions.values()]
         known = start is not None and None not in named

@@ -4,6 +4,8 @@ import contextlib
 import logging
 import os
 import random
+import resource
+import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -93,3 +95,11 @@ def _restore_torch_flags(flags: Mapping[str, Any]) -> None:
     torch.backends.cudnn.deterministic = flags["cudnn.deterministic"]
     torch.backends.cudnn.benchmark = flags["cudnn.benchmark"]
     torch.set_float32_matmul_precision(flags["precision"])
+
+
+def peak_memory() -> int:
+    """Bytes: of the accelerator where there is one, else of the process (all stages so far, where they share it)."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        return int(torch.cuda.max_memory_allocated())
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

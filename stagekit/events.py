@@ -7,6 +7,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
+from stagekit import ranks
 from stagekit.callbacks import exported
 from stagekit.custom import call_back
 from stagekit.groups import Callbacks
@@ -41,7 +42,7 @@ class Events(TrainerCallback, ExportableState):  # type: ignore[misc]
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Call the function of the user, with a number."""
-        loss = sum(self._step)
+        loss = ranks.mean(float(sum(self._step))) if args.world_size > 1 else sum(self._step)
         self._step = []
         self._sum, self._count = self._sum + loss, self._count + 1
         if state.is_world_process_zero and self._functions.on_batch_complete is not None:

@@ -1,5 +1,6 @@
 """What stagekit adds to a TRL trainer: one mixin, which adds nothing where no hook is set."""
 
+import copy
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -7,6 +8,8 @@ from typing import Any
 
 import torch
 
+from stagekit import ranks
+from stagekit.distributed import live_processes
 from stagekit.errors import StageError
 from stagekit.own_loss import Loss, own_loss
 from stagekit.schedules import make_scheduler
@@ -94,7 +97,7 @@ class Hooked:
             measured = self.hooks.texts(trainer.accelerator.unwrap_model(trainer.model))
             output.metrics.update({f"{prefix}_{name}": value for name, value in measured.items()})
         if self.hooks.evaluate is not None:
-            found = self._own_metrics(prefix)
+            found = ranks.once(lambda: self._own_metrics(prefix))
             self._refuse_twice(found, prefix)
             output.metrics.update(found)
             self.hooks.tracked.own.update(found)
@@ -137,13 +140,18 @@ class Hooked:
         return bool(best) or (self.hooks.must_save is not None and self.hooks.must_save())
 
     def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
-        """Say that no row is left, where TRL would fail on an empty list of tensors."""
+        """Say that no row is left, where TRL would fail on an empty list of tensors. Of several processes the first
+        writes the numbers to a file, which the others find in its temporary folder and not in theirs."""
         if len(dataset) == 0:
             trainer: Any = self
             raise StageError(
                 f"none of the {name} rows is left; their prompts are longer than max_length "
                 f"({trainer.args.max_length}). Raise trl.max_length"
             )
+        if live_processes() > 1:
+            place = ranks.tell(dataset._get_cache_file_path(""))
+            dataset = copy.copy(dataset)
+            dataset._get_cache_file_path = lambda fingerprint: place
         return super()._precompute_ref_logps(dataset, name, batch_size)  # type: ignore[misc]
 
     def set_initial_training_values(self, *args: Any, **kwargs: Any) -> Any:
@@ -166,6 +174,12 @@ class Hooked:
         if self.hooks.sees_loss is not None:
             self.hooks.sees_loss(loss)
         return loss
+
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+        """The mean loss takes in the steps after the last log line, of all processes and not of the first alone."""
+        trainer: Any = self
+        trainer._tr_loss.fill_(ranks.mean(float(trainer._tr_loss)))
+        return super()._finalize_training(*args, **kwargs)  # type: ignore[misc]
 
     def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
         """Add the first scale of fp16, for which there is no argument."""

@@ -18,6 +18,7 @@ from stagekit.pending import PENDING, PENDING_VALUES
 from stagekit.schedules import problems_of_schedule
 from stagekit.stage_options import (
     CheckpointOptions,
+    DistributedOptions,
     FreezingOptions,
     Loop,
     OptimizerOptions,
@@ -41,7 +42,7 @@ class Entry(NamedTuple):
     reason: str
 
 
-_ONLY_TRAINING = (OptimizerOptions, ScheduleOptions, FreezingOptions, CheckpointOptions)
+_ONLY_TRAINING = (OptimizerOptions, ScheduleOptions, FreezingOptions, CheckpointOptions, DistributedOptions)
 _ROWS_TO_TRAIN = {"data_mixing_ratios", "shuffle_data", "data_shuffle_seed", "max_training_samples"}
 _LOOP_OF_EVALUATION = {"batch_size", "random_seed", "use_deterministic_algorithms"}
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from stagekit.checks import as_data, data_of, models_of
 from stagekit.digest import _data_identity, _model_identity
+from stagekit.distributed import processes_of
 from stagekit.files import write_text
 
 
@@ -32,8 +33,8 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **found}
 
 
-def write_lock(pipeline: "TrainingPipeline", run: Path) -> None:
-    """Write `lock.json`."""
+def write_lock(pipeline: "TrainingPipeline", run: Path, processes: int = 1) -> None:
+    """Write `lock.json`; `processes`: of each stage that splits its work."""
     models: dict[str, Any] = {"model": _named(pipeline.model)}
     data: dict[str, Any] = {}
     for stage in pipeline.stages:
@@ -47,6 +48,7 @@ def write_lock(pipeline: "TrainingPipeline", run: Path) -> None:
         "models": models,
         "data": data,
         "seeds": {stage.name: stage.random_seed for stage in pipeline.stages},
+        "processes": {stage.name: processes_of(stage, processes) for stage in pipeline.stages},
     }
     write_text(run / "lock.json", json.dumps(lock, indent=2) + "\n")
 

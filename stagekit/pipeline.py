@@ -64,15 +64,19 @@ class TrainingPipeline(Options):
         from_stage: str | None = None,
         until_stage: str | None = None,
         isolate: bool = False,
+        num_processes: int | None = None,
         quiet: bool = False,
     ) -> "PipelineResult":
-        """Run the stages that have no result yet, in this process (or each in a child, with `isolate`).
+        """Run the stages that have no result yet, in this process (or each in a child, with `isolate`). Under torchrun
+        every process calls this, and has the same result.
 
         Args:
             fresh: start over; results in the run folder are deleted.
             from_stage: run this stage and those after it again, whatever their results.
             until_stage: the last stage to run.
-            isolate: one process per stage, as the command line does; not possible with live objects.
+            isolate: one process per stage, as the command line does, and several for a stage with a
+                `distributed_strategy`; not possible with live objects.
+            num_processes: with `isolate`, how many these several are. None = one per GPU, 2 where there is none.
             quiet: print nothing.
 
         Raises:
@@ -83,7 +87,15 @@ class TrainingPipeline(Options):
         """
         from stagekit.walk import walk
 
-        return walk(self, fresh=fresh, from_stage=from_stage, until_stage=until_stage, isolate=isolate, quiet=quiet)
+        return walk(
+            self,
+            fresh=fresh,
+            from_stage=from_stage,
+            until_stage=until_stage,
+            isolate=isolate,
+            num_processes=num_processes,
+            quiet=quiet,
+        )
 
 
 def to_plain(pipeline: TrainingPipeline) -> dict[str, Any]:

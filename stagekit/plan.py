@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from stagekit.arguments import settings_of
 from stagekit.checks import as_data, data_of, gives_policy, trains
+from stagekit.distributed import processes_of
 from stagekit.ledger import ledger
 from stagekit.optimizers import note_on_rate
 from stagekit.rows import rows_of
@@ -23,8 +24,13 @@ if TYPE_CHECKING:
 GIB = 1 << 30
 
 
-def plan(pipeline: "TrainingPipeline") -> list[dict[str, Any]]:
-    """One entry per stage: trainer, arguments `{argument, value, source}`, data, steps, memory, notes, ledger."""
+def plan(pipeline: "TrainingPipeline", processes: int = 1) -> list[dict[str, Any]]:
+    """One entry per stage: trainer, arguments `{argument, value, source}`, data, steps, memory, notes, ledger.
+
+    Args:
+        pipeline: The pipeline.
+        processes: Over how many the work of a stage that splits it is split.
+    """
     made: dict[str, dict[str, Any]] = {}
     policy: str | None = pipeline.model if isinstance(pipeline.model, str) else None
     shapes = _shapes(policy)
@@ -32,8 +38,8 @@ def plan(pipeline: "TrainingPipeline") -> list[dict[str, Any]]:
     for stage in pipeline.stages:
         start = policy if stage.model is None else stage.model if isinstance(stage.model, str) else "<live model>"
         data = {path: _data(value, made) for path, value in data_of(stage)}
-        rows = _rows_to_train(stage, data)
-        steps = _steps(stage, rows)
+        rows, count = _rows_to_train(stage, data), processes_of(stage, processes)
+        steps = _steps(stage, rows, count)
         entries.append(
             {
                 "stage": stage.name,
@@ -43,12 +49,13 @@ def plan(pipeline: "TrainingPipeline") -> list[dict[str, Any]]:
                 "model": start,
                 "data": data,
                 "rows": rows,
+                "processes": count,
                 "steps": steps,
                 "memory": _memory(stage, shapes),
                 "arguments": [
                     {"argument": one.target, "value": one.value, "source": one.source} for one in settings_of(stage)
                 ],
-                "notes": [*stage.method.notes(stage), *_notes_on_rates(stage, steps)],
+                "notes": [*stage.method.notes(stage), *_of_several(stage, count), *_notes_on_rates(stage, steps)],
                 "not_used": [
                     f"{entry.option}: {entry.reason}" for entry in ledger(stage) if entry.disposition != "applied"
                 ],
@@ -110,7 +117,13 @@ def _rows_to_train(stage: "TrainingStage", data: Mapping[str, dict[str, Any]]) -
     return {"read": read, "trained": most, "made": {"preferences": revised, "revisions": most}}
 
 
-def _steps(stage: "TrainingStage", rows: Mapping[str, Any]) -> int | None:
+def _of_several(stage: "TrainingStage", count: int) -> Iterator[str]:
+    if count > 1:
+        rows = count * stage.batch_size * stage.gradient_accumulation_steps
+        yield f"{count} processes of batch_size {stage.batch_size}: an optimiser step takes {rows} rows"
+
+
+def _steps(stage: "TrainingStage", rows: Mapping[str, Any], processes: int) -> int | None:
     """Optimiser steps, at most: rows that are dropped make fewer."""
     if not trains(stage) or stage.method.trainer_class is None:
         return 0
@@ -119,7 +132,7 @@ def _steps(stage: "TrainingStage", rows: Mapping[str, Any]) -> int | None:
         return int(given["max_steps"])
     if rows["trained"] is None:
         return None
-    batches = math.ceil(int(rows["trained"]) / given["per_device_train_batch_size"])
+    batches = math.ceil(math.ceil(int(rows["trained"]) / given["per_device_train_batch_size"]) / processes)
     steps: float = math.ceil(batches / given["gradient_accumulation_steps"]) * given["num_train_epochs"]
     return math.ceil(steps)
 

@@ -19,7 +19,8 @@ OUT_OF_TIME = "max_duration"
 @dataclass(frozen=True)
 class StageResult:
     """The account of one stage. `artifacts` holds `policy` (a folder or hub id), and where there are any `adapter`,
-    `reward_model` and `datasets` (name -> file); paths below the run folder are relative to it."""
+    `reward_model` and `datasets` (name -> file); paths below the run folder are relative to it.
+    `processes`: over how many the work was split; rows and steps are those of all, time and memory of the first."""
 
     name: str
     index: int
@@ -34,6 +35,7 @@ class StageResult:
     samples_dropped: Mapping[str, int] = field(default_factory=dict)
     duration_seconds: float = 0.0
     peak_memory_bytes: int = 0
+    processes: int = 1
     tokenizer: Mapping[str, Any] = field(default_factory=dict)
     description: str | None = None
     tags: tuple[str, ...] = ()

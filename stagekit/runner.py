@@ -3,18 +3,17 @@
 import contextlib
 import dataclasses
 import json
-import resource
-import sys
 import time
 import traceback
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from stagekit import ranks
 from stagekit.arguments import settings_of
 from stagekit.checks import as_data, slug
 from stagekit.custom import call_back, resolve, tell_error
-from stagekit.environment import stage_environment
+from stagekit.environment import peak_memory, stage_environment
 from stagekit.errors import ConfigError, Interrupted, StageError
 from stagekit.files import cannot_write, is_full, write_text
 from stagekit.gate import through_gate
@@ -36,13 +35,15 @@ DISABLED = "enabled: false"
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """One stage of one run: where it stands in the pipeline, the run folder, and the results before it."""
+    """One stage of one run: where it stands in the pipeline, the run folder, the results before it, and over how many
+    processes its work is split."""
 
     pipeline: "TrainingPipeline"
     index: int
     run: Path
     digest: str | None
     results: tuple[StageResult, ...]
+    processes: int = 1
 
     @property
     def stage(self) -> "TrainingStage":
@@ -71,10 +72,13 @@ def run_stage(task: Task, stop: Stop, show: Show) -> StageResult:
     task.folder.mkdir(parents=True, exist_ok=True)
     try:
         with stage_environment(), _saying_why(task):
+            ranks.join(bool(task.stage.trl.get("use_cpu")), task.stage.trl.get("ddp_timeout"))
             result = _run(task, stop, show, started)
             if result.status != "skipped":
-                call_back(task.stage.callbacks, "on_stage_complete", result)
+                ranks.once(lambda: call_back(task.stage.callbacks, "on_stage_complete", result))
     except BaseException as error:
+        if not ranks.fails_first():
+            raise
         interrupted = isinstance(error, Interrupted | KeyboardInterrupt)
         kind = "stopped" if interrupted else "failed"
         reason = "interrupted" if interrupted else str(error) + tell_error(task.stage.callbacks, error)
@@ -84,8 +88,9 @@ def run_stage(task: Task, stop: Stop, show: Show) -> StageResult:
                 (task.folder / "error.txt").write_text(traceback.format_exc(), encoding="utf-8")
             result.write(task.folder / "result.json")
         raise
-    (task.folder / "error.txt").unlink(missing_ok=True)
-    result.write(task.folder / "result.json")
+    if ranks.rank() == 0:
+        (task.folder / "error.txt").unlink(missing_ok=True)
+        result.write(task.folder / "result.json")
     return result
 
 
@@ -122,14 +127,14 @@ def _saying_why(task: Task) -> Iterator[None]:
 def _run(task: Task, stop: Stop, show: Show, started: float) -> StageResult:
     stage = task.stage
     previous = task.results[-1] if task.results else None
-    if stage.run_condition is not None and not resolve(stage.run_condition)(previous):
+    condition = stage.run_condition
+    if condition is not None and not ranks.once(lambda: bool(resolve(condition)(previous))):
         return _result(task, "skipped", "run_condition returned False", Outcome(), started, {})
-    call_back(stage.callbacks, "on_stage_start", stage)
-    _write_declaration(task)
+    ranks.once(lambda: _begin(task))
     job = _job(task, stop, show, started)
     identity = _check_tokenizer(task, job)
     job = stage.method.prepare(job)
-    if stop():
+    if ranks.largest(stop()):
         raise Interrupted(f"stage {stage.name!r} stopped before training")
     outcome = stage.method.run(job)
     outcome = dataclasses.replace(
@@ -138,7 +143,7 @@ def _run(task: Task, stop: Stop, show: Show, started: float) -> StageResult:
         metrics={**job.metrics, **outcome.metrics},
         dropped={**job.dropped, **outcome.dropped},
     )
-    outcome, held = through_gate(stage, outcome)
+    outcome, held = ranks.once(lambda: through_gate(stage, outcome))
     if held:
         return _result(task, "completed", held, outcome, started, identity)
     return _result(task, "stopped" if outcome.stopped else "completed", outcome.stopped, outcome, started, identity)
@@ -150,15 +155,17 @@ def _datasets(job: Job, task: Task) -> dict[str, Any]:
     return {"datasets": {name: str(path.relative_to(task.run)) for name, path in job.datasets.items()}}
 
 
-def _write_declaration(task: Task) -> None:
-    """`stage.yaml` and `plan.json`: what was asked for, and every argument and option with what became of it."""
+def _begin(task: Task) -> None:
+    """Call the user's function; write `stage.yaml` and `plan.json`: what was asked for, and what became of it all."""
     import yaml
 
     stage = task.stage
+    call_back(stage.callbacks, "on_stage_start", stage)
     write_text(task.folder / "stage.yaml", yaml.safe_dump(_plain_yaml(stage.only_set()), sort_keys=False))
     plan = {
         "trainer": stage.method.trainer_class,
         "config": stage.method.config_class,
+        "processes": task.processes,
         "settings": [setting._asdict() for setting in settings_of(stage)],
         "ledger": [{**entry._asdict(), "value": _plain(entry.value)} for entry in ledger(stage)],
     }
@@ -181,13 +188,13 @@ def _plain_yaml(value: Any) -> Any:
 def _job(task: Task, stop: Stop, show: Show, started: float) -> Job:
     """Everything that the stage reads, resolved."""
     stage = task.stage
-    model = _model_input(task)
+    model = ranks.once(lambda: _model_input(task))
     tokenizer = None
     if model is not None and stage.method.trainer_class is not None:
         from stagekit.models import load_tokenizer
 
         tokenizer = load_tokenizer(model.generates, task.pipeline.chat_template)
-    train, evaluation = _datasets_in(task)
+    train, evaluation = ranks.in_turn(lambda: _datasets_in(task))
     _check_template(task, tokenizer, [train, evaluation])
     return Job(
         stage=stage,
@@ -432,7 +439,8 @@ def _result(
         samples_trained=outcome.samples_trained,
         samples_dropped={reason: count for reason, count in outcome.dropped.items() if count},
         duration_seconds=round(time.monotonic() - started, 3),
-        peak_memory_bytes=_peak_memory(),
+        peak_memory_bytes=peak_memory(),
+        processes=task.processes,
         tokenizer=tokenizer,
         description=stage.description,
         tags=stage.tags,
@@ -440,11 +448,3 @@ def _result(
         max_duration_seconds=stage.max_duration_seconds,
         run=task.run,
     )
-
-
-def _peak_memory() -> int:
-    """Bytes: of the accelerator where there is one, else of the process (all stages so far, where they share it)."""
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_available():
-        return int(torch.cuda.max_memory_allocated())
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -131,7 +131,8 @@ class Loop(Options):
     longer one it goes on from there, with that much time. None = none."""
 
     batch_size: Positive = 8
-    """Rows per device and step. TRL: `per_device_train_batch_size` and `per_device_eval_batch_size`."""
+    """Rows per process and batch: with `distributed_strategy` N processes take N times as many. TRL:
+    `per_device_train_batch_size` and `per_device_eval_batch_size`."""
 
     gradient_accumulation_steps: Positive = 1
     """Batches per optimiser step. TRL: `gradient_accumulation_steps`."""
@@ -308,7 +309,9 @@ class DistributedOptions(Options):
     """More than one device."""
 
     distributed_strategy: Distributed = "none"
-    """How the work is split over devices."""
+    """How the work is split over processes, one per GPU: `ddp` gives each a copy of the model and its share of every
+    batch. The others are not built yet. `stagekit run --num-processes N`; `python -m stagekit.distributed` prints
+    their TRL arguments. TRL: its launcher decides."""
 
     sync_batch_norm: bool = False
     """Synchronise batch normalisation over devices."""

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from stagekit.files import write_text
 from stagekit.job import Job
+from stagekit.ranks import rank
 
 
 if TYPE_CHECKING:
@@ -73,7 +74,8 @@ def hold(job: Job, trainer: Any) -> None:
             one()
 
     trainer.hooks = dataclasses.replace(trainer.hooks, before_optimizer=before_optimizer)
-    write_text(job.folder / FILE, json.dumps(summary, indent=2) + "\n")
+    if rank() == 0:
+        write_text(job.folder / FILE, json.dumps(summary, indent=2) + "\n")
     job.show.line(f"  trains {_said(summary)}")
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from stagekit import ranks
 from stagekit.building import build, init_kwargs
 from stagekit.errors import StageError
 from stagekit.files import whole_folder
@@ -31,7 +32,8 @@ def train(job: Job) -> Outcome:
 
     if job.stage.is_evaluation_only:
         return evaluate(job)
-    resume = last_checkpoint(job.checkpoints)
+    _check_rows(job)
+    resume = ranks.once(lambda: last_checkpoint(job.checkpoints))
     over = ended(resume, job.stage.max_duration_seconds) if resume is not None else None
     trainer, callbacks = build(job, resume, over is not None)
     rows = len(trainer.train_dataset)
@@ -46,22 +48,38 @@ def train(job: Job) -> Outcome:
         else:
             trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     except BaseException:
-        last_checkpoint(job.checkpoints)  # deletes one that was being written
+        if ranks.rank() == 0:
+            last_checkpoint(job.checkpoints)  # deletes one that was being written
         raise
     early = callbacks["early"].reason if "early" in callbacks else ""
     reason = callbacks["stop"].reason or early or (over or "").removeprefix("completed")
     metrics = _final_metrics(trainer)
-    before = job.stage.method.probe(job, trainer)
-    artifacts = _save(job, trainer)
-    job.stage.method.check_saved(job, job.folder / job.stage.method.artifact, before)
     return Outcome(
-        artifacts=artifacts,
+        artifacts=ranks.once(lambda: _save_and_check(job, trainer)),
         metrics=metrics,
         steps=int(trainer.state.global_step),
         samples_trained=rows,
         dropped=dropped,
         stopped=reason if reason == OUT_OF_TIME else "",
     )
+
+
+def _check_rows(job: Job) -> None:
+    """The processes of a launch share out one set of rows, so each has to have read the same.
+
+    Raises:
+        StageError: one has others.
+    """
+    from stagekit.data import fingerprint
+
+    def rows() -> list[str]:
+        return [fingerprint(one) for one in (job.train_dataset, job.eval_dataset) if one is not None]
+
+    if not ranks.same(rows):
+        raise StageError(
+            f"stage {job.stage.name!r}: its rows differ from process to process; a data_preprocessor that draws "
+            "numbers needs a seed of its own"
+        )
 
 
 def _take_over(trainer: Any, checkpoint: Path) -> None:
@@ -156,6 +174,14 @@ def _tracked(trainer: Any, found: Mapping[str, Any]) -> dict[str, float]:
         for name, value in found.items()
         if name.startswith("eval_") and isinstance(value, int | float) and tracked.listed(name)
     }
+
+
+def _save_and_check(job: Job, trainer: Any) -> dict[str, Any]:
+    """The artifacts, each saved model loaded again and compared with the trained one."""
+    before = job.stage.method.probe(job, trainer)
+    artifacts = _save(job, trainer)
+    job.stage.method.check_saved(job, job.folder / job.stage.method.artifact, before)
+    return artifacts
 
 
 def _save(job: Job, trainer: Any) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import yaml
 
 from stagekit.checks import as_data, data_of, functions_of, gives_policy, models_of, trains
 from stagekit.digest import digests
+from stagekit.distributed import count_processes, live_processes, processes_of
 from stagekit.errors import ConfigError, Interrupted, Problem
 from stagekit.files import lock, make_folder, write_text
 from stagekit.pipeline import to_plain
@@ -38,32 +39,52 @@ def walk(
     from_stage: str | None = None,
     until_stage: str | None = None,
     isolate: bool = False,
+    num_processes: int | None = None,
     quiet: bool = False,
 ) -> PipelineResult:
     """Run the stages in order; see `TrainingPipeline.run`."""
     pipeline.check()
-    names = [stage.name for stage in pipeline.stages]
-    _check_names(names, from_stage, until_stage)
+    _check_names([stage.name for stage in pipeline.stages], from_stage, until_stage)
     if isolate:
         _refuse_live(pipeline)
-    show, stop, run = Show(quiet), Stop(), pipeline.folder.resolve()
+    processes = count_processes(pipeline, num_processes, isolate)
+
+    def steps(execute: Execute) -> PipelineResult:
+        return _walk(pipeline, processes, fresh, from_stage, until_stage, execute, Show(quiet))
+
+    if live_processes() > 1:
+        from stagekit.together import walk_together
+
+        return walk_together(pipeline, steps)
+    return steps(_in_child if isolate else _here)
+
+
+def _walk(
+    pipeline: "TrainingPipeline",
+    processes: int,
+    fresh: bool,
+    from_stage: str | None,
+    until_stage: str | None,
+    execute: Execute,
+    show: Show,
+) -> PipelineResult:
+    names, stop, run = [stage.name for stage in pipeline.stages], Stop(), pipeline.folder.resolve()
     make_folder(run)
     with lock(run) as held, stop_on_signals(stop):
         if fresh:
             _clear(run)
-        known = digests(pipeline)
+        known = digests(pipeline, processes)
         write_text(run / "pipeline.yaml", yaml.safe_dump(_plain_yaml(to_plain(pipeline)), sort_keys=False))
         kept = _kept(pipeline, run, known, from_stage)
         from stagekit.lockfile import write_lock
 
-        write_lock(pipeline, run)
+        write_lock(pipeline, run, processes)
         _show_stages(pipeline, run, kept, show)
-        execute: Execute = _in_child if isolate else _here
         last = names.index(until_stage) if until_stage is not None else len(names) - 1
         again = set(names[names.index(from_stage) :]) if from_stage is not None else set()
         results: list[StageResult] = []
         for index, stage in enumerate(pipeline.stages[: last + 1]):
-            task = Task(pipeline, index, run, known[stage.name], tuple(results))
+            task = Task(pipeline, index, run, known[stage.name], tuple(results), processes_of(stage, processes))
             if stage.name not in kept and again & _reads(pipeline, index, results):
                 again.add(stage.name)
             results.append(_step(task, kept.get(stage.name), stage.name in again, execute, stop, show, held))

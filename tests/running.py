@@ -65,6 +65,17 @@ def lines(folder: Path) -> list[dict[str, Any]]:
     ]
 
 
+def losses(folder: Path) -> list[float]:
+    """The loss of every log line of a stage's folder."""
+    return [line["loss"] for line in lines(folder) if "loss" in line]
+
+
+def account(folder: Path) -> dict[str, Any]:
+    """`result.json` of a stage's folder."""
+    found: dict[str, Any] = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+    return found
+
+
 def crash_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     """Let the training die at the end of a step, before anything is saved there."""
     from stagekit.callbacks import Bar

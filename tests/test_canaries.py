@@ -4,6 +4,7 @@ A new version that breaks one of these breaks it here, by name, and not in a tra
 """
 
 import inspect
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ SIGNATURES: dict[str, list[str]] = {
     "create_scheduler": ["num_training_steps", "optimizer"],
     "compute_loss": ["model", "inputs", "return_outputs", "num_items_in_batch"],
     "_build_accelerator_args": ["kwargs"],
+    "_finalize_training": ["trial", "num_train_samples", "start_time"],
     "_load_from_checkpoint": ["resume_from_checkpoint", "model"],
     "_load_best_model": [],
     "_prepare_inputs": ["inputs"],
@@ -148,6 +150,31 @@ def test_t50_a_method_has_the_parameters_that_stagekit_knows(name: str, trainer:
 def test_t50_references_are_precomputed_with_rows_name_and_size(trainer: Any) -> None:
     parameters = list(inspect.signature(trainer._precompute_ref_logps).parameters)
     assert parameters == ["self", "dataset", "name", "batch_size"]
+
+
+@pytest.mark.parametrize("trainer", [DPOTrainer, KTOTrainer], ids=lambda trainer: trainer.__name__)
+def test_precomputed_numbers_go_through_the_file_that_the_dataset_names(trainer: Any) -> None:
+    """Of several processes the first writes it, and the others would look in temporary folders of their own."""
+    source = inspect.getsource(trainer._precompute_ref_logps)
+    assert "cache_file = dataset._get_cache_file_path(fingerprint)" in source
+    assert "is_main_process" in source
+    rows = Dataset.from_dict({"a": [1]})
+    assert str(rows._get_cache_file_path("x")).endswith(".arrow")
+
+
+def test_torchrun_says_which_process_failed_how_and_when() -> None:
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+    from torch.distributed.run import get_args_parser, run
+
+    given = get_args_parser().parse_args(["--standalone", "--nproc-per-node", "2", "--module", "some.module", "arg"])
+    assert (given.standalone, given.nproc_per_node, given.module) == (True, "2", True)
+    assert (given.training_script, given.training_script_args) == ("some.module", ["arg"])
+    assert list(inspect.signature(run).parameters) == ["args"]
+    failure = ProcessFailure(local_rank=1, pid=1, exitcode=-9, error_file="no file")
+    (found,) = ChildFailedError("s", {1: failure}).failures.values()
+    assert (found.exitcode, found.timestamp > 0) == (-9, True)
+    assert int(SignalException("s", signal.SIGTERM).sigval) == 15
 
 
 def test_the_model_card_takes_tags_by_name() -> None:

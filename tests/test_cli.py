@@ -76,7 +76,7 @@ def test_stages_json_is_a_list_with_type_summary_paper_and_options(capsys: pytes
     assert options["method.beta"]["default"] == 0.1
     assert options["reference.mode"]["values"][0] == "auto"
     assert options["method.label_smoothing"]["state"] == "effective"
-    assert options["distributed_strategy"]["state"] == "not built"
+    assert options["sync_batch_norm"]["state"] == "not built"
     assert "generation" not in options
     assert all(option["about"] for option in entry["options"])
 

@@ -52,6 +52,7 @@ OTHER: dict[str, Any] = {
     "min_learning_rate": 1e-9, "adam_beta1": 0.8, "adam_beta2": 0.8, "lora_dropout": 0.2,
     "frozen_layers": ["layers.0"], "trainable_layers": ["lm_head"], "callbacks": {"on_stage_start": "json:loads"},
     "custom_loss_function": "json:loads", "contrastive_margin": 0.5, "preference_label_smoothing": 0.2,
+    "distributed_strategy": "ddp",
 }  # fmt: skip
 FP16 = {"use_mixed_precision": True, "mixed_precision_dtype": "fp16"}
 BESIDE: dict[str, dict[str, Any]] = {

@@ -131,6 +131,9 @@ CASES: dict[str, Case] = {
     "data_preprocessor": Case({}, {"data_preprocessor": first_half}, result("samples_trained")),
     "data_shuffle_seed": Case({"data_shuffle_seed": 1}, {"data_shuffle_seed": 2}, curve),
     "description": Case({"description": "a"}, {"description": "b"}, result("description")),
+    "distributed_strategy": Case(
+        {"distributed_strategy": "none"}, {"distributed_strategy": "ddp"}, result("processes")
+    ),
     "dpo_beta": Case({"dpo_beta": 0.1}, {"dpo_beta": 0.9}, curve, kind="dpo"),
     "early_stopping": Case(
         {"early_stopping": {"patience": 1, "min_delta": 100.0}}, {"early_stopping": None}, result("steps"), VALIDATED
@@ -386,7 +389,8 @@ class World:
             stages += [TrainingStage(**{**options, "name": name, "save_checkpoint_after": True}) for name in ("next",)]
         folder = self.tmp_path / label
         SPIES.update(dict.fromkeys(SPIES, 0))
-        TrainingPipeline(name="t", model=self.model, output_dir=folder, stages=tuple(stages)).run(quiet=True)
+        pipeline = TrainingPipeline(name="t", model=self.model, output_dir=folder, stages=tuple(stages))
+        pipeline.run(quiet=True, isolate="ddp" in options.values())  # several processes have to be started
         return case.observe(next(path for path in sorted(folder.glob("01-*"))))
 
 

@@ -86,11 +86,12 @@ DECLARATION = {
         "stage_options",
     },
     "stage": {"adapters", "adapters.sft", "flat", "groups", "ledger", "options", "selectors", "stage_options"},
-    "arguments": {"adapters.base", "ledger", "measures", "optimizers", "schedules"},
+    "distributed": {"errors"},
+    "arguments": {"adapters.base", "distributed", "ledger", "measures", "optimizers", "schedules"},
     "checks": {"arguments", "errors", "groups", "measures", "options", "sources", "trl_fields"},
     "pipeline": {"checks", "errors", "groups", "options", "stage"},
     "parse": {"checks", "errors", "flat", "ledger", "options", "pipeline", "selectors"},
-    "digest": {"checks", "options", "sources"},
+    "digest": {"checks", "distributed", "options", "sources"},
     "parity": {"adapters", "adapters.base", "flat", "options", "pending", "selectors", "stage_options"},
 }
 """Module of the declaration -> the modules of stagekit that it may import at its top."""

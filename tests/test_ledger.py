@@ -103,6 +103,7 @@ def test_a_value_that_is_not_built_is_refused_with_what_is_missing(path: str, va
         "best_checkpoint_metric": {
             "best_checkpoint_metric": value, "save_only_best": True, "validation_data": "rows.jsonl"
         },
+        "distributed_strategy": {"distributed_strategy": value},
         "method.loss": {"method": {"type": "dpo", "loss": value}},
         "reference.mode": {"method": "dpo", "reference": {"mode": value}},
     }[path]  # fmt: skip

@@ -125,6 +125,7 @@ def way_out(name: str, kind: str) -> tuple[str, ...]:
         return ("put it on the stage that does", "validation_data", "without training")
     return {
         "custom_loss_function": ("sft and constitutional",),
+        "distributed_strategy": ("put an sft stage on",),
         "is_evaluation_only": ("use method: evaluation",),
         "use_reference_model": ("use simpo or orpo",) if kind == "kto" else ("dpo, kto",),
     }.get(name, ("dpo, kto",))

@@ -38,4 +38,4 @@ def _launch(recipe: Callable[[], "TrainingPipeline"], given: argparse.Namespace)
     raw = read(given.config) if given.config else to_plain(recipe())
     assignments = [*given.assignments, *([f"output_dir={given.output_dir}"] if given.output_dir else [])]
     pipeline = parse(with_overrides(raw, assignments), given.config)
-    return print_plan(pipeline) if given.dry_run else run_pipeline(pipeline, given)
+    return print_plan(pipeline, given.num_processes) if given.dry_run else run_pipeline(pipeline, given)
