@@ -72,8 +72,8 @@ ONE_SCORER = "missing; reward_score needs one: stage:NAME of a reward stage, a f
                                    "rewards/chosen, rewards/margins, rewards/rejected, rouge, win_rate (others come "
                                    "from custom_evaluation_function)"}),
         ({"method": "reward", "text_metrics": {}},
-         {"text_metrics": "has no effect here: stage type 'reward' has no use for it; it belongs to sft, dpo, kto, orpo, cpo, simpo, "
-                "constitutional, evaluation"}),
+         {"text_metrics": "has no effect here: stage type 'reward' has no use for it; it belongs to sft, dpo, kto, "
+                          "orpo, cpo, simpo, constitutional, evaluation"}),
         ({"metrics_to_track": ["bleu"], "text_metrics": {"reward_model": 5}},
          {"text_metrics.reward_model": "is stage:NAME, a folder, a hub id or a function, not 5; save a live model "
                                        "first"}),
