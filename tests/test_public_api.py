@@ -31,6 +31,7 @@ from stagekit.adapters import (
     base,
     constitutional,
     custom,
+    distillation,
     dpo,
     evaluation,
     kto,
@@ -46,7 +47,7 @@ from stagekit.adapters import (
 
 DESCRIBING = (
     arguments, checks, digest, errors, flat, groups, ledger, options, parity, parse, pending, pipeline, selectors,
-    stage, stage_options, trl_fields, base, constitutional, custom, dpo, evaluation, kto, process_reward,
+    stage, stage_options, trl_fields, base, constitutional, custom, distillation, dpo, evaluation, kto, process_reward,
     reference_free, references, reward, scoring, sft, unbuilt,
 )  # fmt: skip
 

@@ -55,8 +55,8 @@ class DistillationConfig(SFTConfig):  # type: ignore[misc]
     match_hidden_states: bool = field(default=False, metadata={"help": "Whether to match hidden states too."})
     hidden_loss: str = field(default="rms_mse", metadata={"help": "Of hidden states: rms_mse, mse or cosine."})
     hidden_weight: float = field(default=1.0, metadata={"help": "w: weight of the hidden states beside T^2 * soft."})
-    layer_map: dict[str, int] | str | None = field(
-        default=None, metadata={"help": "Teacher block -> student block, from 0. None: spread evenly."}
+    layer_map: dict[int, int] | str | None = field(
+        default=None, metadata={"help": "Teacher block -> student block, from 0. None or empty: spread evenly."}
     )
     chunk_tokens: int = field(default=256, metadata={"help": "Tokens whose logits are in memory at a time."})
     teacher_model_init_kwargs: dict[str, Any] | str | None = field(
@@ -82,6 +82,7 @@ class DistillationTrainer(SFTTrainer):  # type: ignore[misc]
         args: The config.
         teacher_model: A name or a live model.
         teacher_processing_class: The teacher's tokenizer; None: the one beside the teacher.
+        teacher_quantization_config: For a teacher given by name.
         arguments: Everything else that `SFTTrainer` takes but `compute_loss_func`.
 
     Raises:
@@ -99,6 +100,7 @@ class DistillationTrainer(SFTTrainer):  # type: ignore[misc]
         *,
         teacher_model: Any,
         teacher_processing_class: Any = None,
+        teacher_quantization_config: Any = None,
         **arguments: Any,
     ) -> None:
         _check(args)
@@ -106,6 +108,7 @@ class DistillationTrainer(SFTTrainer):  # type: ignore[misc]
         self.layer_pairs: list[tuple[int, int]] = []
         self.projections = torch.nn.ModuleDict()
         self._named = (teacher_model, teacher_processing_class)
+        self._quantization = teacher_quantization_config
         super().__init__(model=model, args=args, **arguments)
         if args.alpha == 0:
             return
@@ -195,7 +198,12 @@ class DistillationTrainer(SFTTrainer):  # type: ignore[misc]
         """The teacher in memory, ready to be asked, and what its hidden states need."""
         teacher, _ = self._named
         if isinstance(teacher, str):
-            kwargs = {"dtype": "auto", "trust_remote_code": False, **(self.args.teacher_model_init_kwargs or {})}
+            kwargs = {"dtype": "auto", "trust_remote_code": False, "use_safetensors": True}
+            if self._quantization is not None:
+                kwargs["quantization_config"] = self._quantization
+            if self.args.world_size == 1 and self.args.device.type == "cuda":
+                kwargs["device_map"] = "auto"  # over all GPUs
+            kwargs.update(self.args.teacher_model_init_kwargs or {})
             with torch.random.fork_rng():  # so that the student's dropout does not depend on how the teacher came
                 load: Callable[..., Any] = AutoModelForCausalLM.from_pretrained
                 teacher = load(teacher, **kwargs)
