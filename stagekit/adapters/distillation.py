@@ -1,14 +1,15 @@
 """Distillation: a trainer of our own, since TRL distils on the student's own samples only and has no hard labels."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
 from stagekit.adapters.base import Method, Setting, setting
-from stagekit.errors import Problem, StageError
+from stagekit.errors import Interrupted, Problem, StageError
 from stagekit.groups import Model
-from stagekit.options import Fraction, NonNegativeFloat
+from stagekit.options import Fraction, NonNegativeFloat, Options, Positive
 
 
 if TYPE_CHECKING:
@@ -30,6 +31,16 @@ _TARGETS = {
 
 _OF_HIDDEN_STATES = ("hidden_loss", "hidden_weight", "layer_map")
 _MIXED = ("jsd", "skewed_kl")
+
+
+class TeacherCache(Options):
+    """Keep on disk what the teacher says of the data: it is asked once, for all epochs and for later runs."""
+
+    top_k: Positive = 64
+    """How many tokens of its distribution are kept, and the mass of all others; 64 take at most 452 bytes a token."""
+
+    folder: str | None = None
+    """Where. None = the cache folder (`$STAGEKIT_CACHE`, `$XDG_CACHE_HOME/stagekit` or `~/.cache/stagekit`)."""
 
 
 class Distillation(Method):
@@ -74,6 +85,10 @@ class Distillation(Method):
     teacher_bits: Literal[4, 8] | None = None
     """Load the teacher in 4 (nf4) or 8 bits; needs bitsandbytes. None = in the dtype it was saved in."""
 
+    teacher_cache: TeacherCache | None = None
+    """Keep what the teacher says on disk, softened by `temperature`, for runs of the same teacher, data and
+    temperature. None = ask it at every step. `{}` = as it is by default. Not with `hidden_states`."""
+
     summary: ClassVar = "learn a teacher's distribution, and its hidden states, beside the labels"
     paper: ClassVar = "huggingface.co/papers/1503.02531"
     trainer_class: ClassVar = "stagekit.trainers.distillation:DistillationTrainer"
@@ -87,6 +102,9 @@ class Distillation(Method):
         for option, target in _TARGETS.items():
             value = getattr(self, option)
             yield setting(stage, option, target, dict(value) if isinstance(value, Mapping) else value)
+        if self.teacher_cache is not None:
+            yield setting(stage, "teacher_cache", "teacher_cache", _cache_folder(self.teacher_cache))
+            yield setting(stage, "teacher_cache", "cache_top_k", self.teacher_cache.top_k)
 
     def problems(self, stage: "TrainingStage") -> Iterable[Problem]:
         """A teacher that is missing; options that the others switch off."""
@@ -100,6 +118,8 @@ class Distillation(Method):
         for option in _OF_HIDDEN_STATES:
             if not self.hidden_states and option in self.model_fields_set and getattr(self, option) != {}:
                 yield Problem(f"method.{option}", "has no effect without method.hidden_states: true")
+        if self.teacher_cache is not None and self.hidden_states:
+            yield Problem("method.teacher_cache", "keeps no hidden states; leave it out, or hidden_states")
         coefficient = stage.trl.get("loss_type", "nll")
         if coefficient != "nll" and self.alpha > 0:
             yield Problem("trl.loss_type", f"{coefficient!r} is no likelihood of the labels; distillation needs 'nll'")
@@ -113,7 +133,11 @@ class Distillation(Method):
 
     def trainer_arguments(self, job: "Job") -> dict[str, Any]:
         """The teacher, by name; in few bits where that was asked."""
-        return {"teacher_model": self._teacher(job), "teacher_quantization_config": self._quantization(job)}
+        return {
+            "teacher_model": self._teacher(job),
+            "teacher_quantization_config": self._quantization(job),
+            "on_asked": _progress(job),
+        }
 
     def _teacher(self, job: "Job") -> Any:
         """The teacher's folder or hub id, or the live model.
@@ -141,3 +165,25 @@ class Distillation(Method):
         from stagekit.models import bnb_config
 
         return bnb_config(self.teacher_bits, torch.bfloat16 if job.setting("bf16") else torch.float32)
+
+
+def _cache_folder(cache: TeacherCache) -> str:
+    if cache.folder is not None:
+        return str(Path(cache.folder).expanduser())
+    from stagekit.convert import cache_folder
+
+    return str(cache_folder() / "teacher")
+
+
+def _progress(job: "Job") -> Callable[[int, int], None]:
+    """Shows how far the teacher has been asked, where it has to be; lets the user stop in between."""
+    bars: dict[int, Any] = {}
+
+    def asked(done: int, rows: int) -> None:
+        if job.stop():
+            raise Interrupted(f"stage {job.stage.name!r} stopped while the teacher was asked")
+        if rows not in bars:
+            bars[rows] = job.show.progress("teacher", rows, "row", "rows")
+        bars[rows].update(done)
+
+    return asked

@@ -6,20 +6,33 @@ tokens that predict a label, divided by their number in everything that one upda
 Legend: N tokens of a batch that predict a label, V vocabulary, H hidden width.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
-from stagekit.distillation_losses import MAX_TEMPERATURE, MIXTURE, divergence, hidden_state_loss, layer_pairs, soften
+from stagekit.distillation_losses import (
+    MAX_TEMPERATURE,
+    MIXTURE,
+    bucketed,
+    divergence,
+    hidden_state_loss,
+    layer_pairs,
+    soften,
+)
 from stagekit.errors import ConfigError, StageError
+from stagekit.generation import weights_fingerprint
+from stagekit.models import model_fingerprint
+from stagekit.trainers.distillation_cache import COLUMN, KeptTargets, Targets, WithRows, by_row, top_k
 from stagekit.trainers.distillation_head import Lesson, add_distilling_head, base_of, check_head, head_of
 
 
@@ -62,6 +75,12 @@ class DistillationConfig(SFTConfig):  # type: ignore[misc]
     teacher_model_init_kwargs: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "For from_pretrained, where the teacher is a name. dtype is auto unless set."}
     )
+    teacher_cache: str | None = field(
+        default=None, metadata={"help": "Folder to keep in what the teacher says of the data. None: ask it each time."}
+    )
+    cache_top_k: int = field(
+        default=64, metadata={"help": "Tokens of its distribution that are kept, and the mass of the others."}
+    )
 
 
 class DistillationTrainer(SFTTrainer):  # type: ignore[misc]
@@ -70,6 +89,10 @@ class DistillationTrainer(SFTTrainer):  # type: ignore[misc]
     With `alpha=0` it is `SFTTrainer`, bit for bit, and the teacher is not even loaded. The teacher runs without
     gradients in its own dtype, sees the tokens of the batch as the student does, and is neither in the optimiser nor
     saved. Where the vocabularies are padded to different sizes, both are cut to the tokenizer's.
+
+    With `teacher_cache` the teacher is asked once about each data set; what it says (the softened probabilities of the
+    K likeliest tokens and the mass of the others) is kept on disk and shared by epochs and runs of the same teacher,
+    data and temperature. The divergence is then one of K+1 classes, at most the full one.
 
     Where the widths differ, each pair of blocks has a projection (student -> teacher, linear, orthogonal at first).
     The projections are in the optimiser and in checkpoints (`projections.safetensors`), never in the saved student,
@@ -83,6 +106,7 @@ class DistillationTrainer(SFTTrainer):  # type: ignore[misc]
         teacher_model: A name or a live model.
         teacher_processing_class: The teacher's tokenizer; None: the one beside the teacher.
         teacher_quantization_config: For a teacher given by name.
+        on_asked: Called with the rows done and their number while a `teacher_cache` is written.
         arguments: Everything else that `SFTTrainer` takes but `compute_loss_func`.
 
     Raises:
@@ -101,6 +125,7 @@ class DistillationTrainer(SFTTrainer):  # type: ignore[misc]
         teacher_model: Any,
         teacher_processing_class: Any = None,
         teacher_quantization_config: Any = None,
+        on_asked: Callable[[int, int], None] | None = None,
         **arguments: Any,
     ) -> None:
         _check(args)
@@ -109,6 +134,7 @@ class DistillationTrainer(SFTTrainer):  # type: ignore[misc]
         self.projections = torch.nn.ModuleDict()
         self._named = (teacher_model, teacher_processing_class)
         self._quantization = teacher_quantization_config
+        self._on_asked = on_asked
         super().__init__(model=model, args=args, **arguments)
         if args.alpha == 0:
             return
@@ -117,7 +143,11 @@ class DistillationTrainer(SFTTrainer):  # type: ignore[misc]
         add_distilling_head(base_of(self.model))
         check_head(self.model, "student")
         self._vocabulary = _shared_vocabulary(self.processing_class, *self._named)
-        self._load_teacher()
+        _check_rows(self.model, "student", self._vocabulary)
+        if args.teacher_cache is None:
+            self._load_teacher()
+        else:
+            self._use_cache()
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -125,7 +155,9 @@ class DistillationTrainer(SFTTrainer):  # type: ignore[misc]
         """The mixture of the three losses."""
         if self.args.alpha == 0:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        student = _Taught(model, self._lesson(inputs))
+        rows = inputs.pop(COLUMN, None)
+        lesson = self._lesson(inputs) if rows is None else self._kept_lesson(rows, inputs["labels"])
+        student = _Taught(model, lesson)
         result = super().compute_loss(student, inputs, return_outputs, num_items_in_batch)
         hard, out = (result[0] if return_outputs else result), student.output
         tokens = out.label_mask.sum()
@@ -159,30 +191,53 @@ class DistillationTrainer(SFTTrainer):  # type: ignore[misc]
 
     def _lesson(self, inputs: Mapping[str, Any]) -> Lesson:
         """The teacher's part of a batch: its hidden states now, its logits chunk by chunk when they are needed."""
-        mask = inputs["labels"][:, 1:] != -100
-        given = {name: inputs[name] for name in _INPUTS if name in inputs}
-        teacher = base_of(self.teacher)
-        with torch.no_grad(), _without_autocast(mask.device):
-            out = teacher.base_model(**given, use_cache=False, output_hidden_states=bool(self.layer_pairs))
-        last = out.last_hidden_state[:, :-1][mask.to(out.last_hidden_state.device)]  # (N, H)
-        states = [out.hidden_states[layer + 1] for layer, _ in self.layer_pairs]
-        states = [state[:, :-1][mask.to(state.device)] for state in states]
+        if self.teacher is None:  # it had a cache of other data, and is asked about these now
+            self._load_teacher()
+        last, states = self._teacher_states(inputs)
         return Lesson(
-            partial(self._soft, last, head_of(teacher)),
+            lambda logits, rows: self._soft(logits, Targets(None, self._teacher_logps(last[rows]))),
             partial(self._hidden, states) if self.layer_pairs else None,
             tuple(student for _, student in self.layer_pairs),
             self.args.chunk_tokens,
         )
 
-    def _soft(self, last: torch.Tensor, head: Any, logits: torch.Tensor, rows: slice) -> torch.Tensor:
-        """(n,) divergences of the student's logits (n, V) from those of the teacher's last hidden states (N, H)."""
-        with torch.no_grad(), _without_autocast(last.device):
-            theirs = head.logits(last[rows]).to(logits.device)[:, : self._vocabulary]
-        return self._divergence(logits, soften(theirs, self.args.temperature))
+    def _kept_lesson(self, rows: torch.Tensor, labels: torch.Tensor) -> Lesson:
+        """The teacher's part of a batch as it was kept."""
+        targets = self._kept.read(rows.tolist())
+        tokens = int((labels[:, 1:] != -100).sum())
+        if len(targets.logps) != tokens:
+            raise StageError(f"teacher_cache: holds {len(targets.logps)} tokens of a batch of {tokens}; delete it")
+        return Lesson(
+            lambda logits, rows: self._soft(logits, targets.at(rows, logits.device)), None, (), self.args.chunk_tokens
+        )
 
-    def _divergence(self, logits: torch.Tensor, teacher_logps: torch.Tensor) -> torch.Tensor:
+    @torch.no_grad()
+    def _teacher_states(self, inputs: Mapping[str, Any]) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """The teacher's last hidden states, and those of its mapped blocks, at the N tokens: (N, H) each."""
+        mask = inputs["labels"][:, 1:] != -100
+        given = {name: inputs[name] for name in _INPUTS if name in inputs}
+        with _without_autocast(mask.device):
+            out = base_of(self.teacher).base_model(
+                **given, use_cache=False, output_hidden_states=bool(self.layer_pairs)
+            )
+        states = [out.last_hidden_state, *(out.hidden_states[layer + 1] for layer, _ in self.layer_pairs)]
+        last, *mapped = (state[:, :-1][mask.to(state.device)] for state in states)
+        return last, mapped
+
+    @torch.no_grad()
+    def _teacher_logps(self, last: torch.Tensor) -> torch.Tensor:
+        """(n, V) log-probabilities of the teacher, softened, from its last hidden states (n, H)."""
+        with _without_autocast(last.device):
+            logits = head_of(base_of(self.teacher)).logits(last)
+        return soften(logits[:, : self._vocabulary], self.args.temperature)
+
+    def _soft(self, logits: torch.Tensor, targets: Targets) -> torch.Tensor:
+        """(n,) divergences of the student's logits (n, V) from what the teacher says."""
         student = soften(logits[:, : self._vocabulary], self.args.temperature)
-        return divergence(student, teacher_logps, self.args.divergence, self.args.mixture)
+        if targets.ids is not None:
+            student = bucketed(student, targets.ids)
+        theirs = targets.logps.to(student.device)
+        return divergence(student, theirs, self.args.divergence, self.args.mixture)
 
     def _hidden(self, theirs: list[torch.Tensor], ours: list[torch.Tensor]) -> torch.Tensor:
         """The mean over the pairs of the distances, each summed over the tokens."""
@@ -213,10 +268,7 @@ class DistillationTrainer(SFTTrainer):  # type: ignore[misc]
             teacher.to(self.accelerator.device)
         self.teacher = teacher.eval().requires_grad_(False)
         check_head(teacher, "teacher")
-        for whose, one in (("teacher", teacher), ("student", self.model)):
-            rows = base_of(one).get_output_embeddings().weight.shape[0]
-            if rows < self._vocabulary:
-                raise ConfigError(f"the {whose}'s head has {rows} rows, its tokenizer {self._vocabulary} tokens")
+        _check_rows(teacher, "teacher", self._vocabulary)
         if self.args.match_hidden_states:
             self._pair_layers()
 
@@ -254,6 +306,54 @@ class DistillationTrainer(SFTTrainer):  # type: ignore[misc]
                 raise StageError(f"{file} is missing; start again, or resume from a checkpoint that has it")
             self.projections.load_state_dict(load_file(file))
 
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        if COLUMN not in self._signature_columns:
+            self._signature_columns.append(COLUMN)
+
+    def _use_cache(self) -> None:
+        """Read what the teacher says of the data from disk; ask it first where that was never done. Then it is not
+        needed any more."""
+        self._kept = KeptTargets(Path(self.args.teacher_cache), self._cache_settings(), self._ask, self._vocabulary)
+        trainer: Any = self
+        trainer.data_collator = WithRows(trainer.data_collator)
+        with self.args.main_process_first(desc="asking the teacher"):
+            trainer.train_dataset = self._kept.add(trainer.train_dataset, "train")
+            if isinstance(trainer.eval_dataset, Mapping):
+                trainer.eval_dataset = {name: self._kept.add(one, name) for name, one in trainer.eval_dataset.items()}
+            elif trainer.eval_dataset is not None:
+                trainer.eval_dataset = self._kept.add(trainer.eval_dataset, "eval")
+        self.teacher = None
+
+    def _cache_settings(self) -> dict[str, Any]:
+        """What the teacher's answers depend on beside the data; the size of the batch changes their last bits only."""
+        teacher = self._named[0]
+        return {
+            "teacher": model_fingerprint(teacher) if isinstance(teacher, str) else weights_fingerprint(teacher),
+            "loaded": f"{self.args.teacher_model_init_kwargs} {self._quantization}",
+            "temperature": self.args.temperature,
+            "top_k": self.args.cache_top_k,
+            "vocabulary": self._vocabulary,
+            "versions": {name: version(name) for name in ("torch", "transformers")},
+        }
+
+    def _ask(self, dataset: Dataset) -> Iterator[Targets]:
+        """What the teacher says of every row, in their order."""
+        if self.teacher is None:
+            self._load_teacher()
+        size = self.args.per_device_train_batch_size
+        for start in range(0, len(dataset), size):
+            rows = [dataset[row] for row in range(start, min(start + size, len(dataset)))]
+            inputs = self._prepare_inputs(self.data_collator(rows))
+            last, _ = self._teacher_states(inputs)
+            chunks = torch.split(last, self.args.chunk_tokens)
+            kept = [top_k(self._teacher_logps(chunk), self.args.cache_top_k) for chunk in chunks]
+            ids = [one.ids for one in kept if one.ids is not None]
+            found = Targets(torch.cat(ids) if ids else None, torch.cat([one.logps for one in kept]))
+            yield from by_row(found, rows, inputs["labels"])
+            if self._on_asked is not None:
+                self._on_asked(start + len(rows), len(dataset))
+
 
 class _Taught:
     """A model that is handed the lesson whenever TRL's loss runs its fused head; `output` is what it gave."""
@@ -288,8 +388,17 @@ def _check(args: DistillationConfig) -> None:
         raise ConfigError(f"mixture: {args.mixture} must be between 0 and 1, for {' or '.join(MIXTURE)}")
     if args.hidden_loss not in ("rms_mse", "mse", "cosine"):
         raise ConfigError(f"hidden_loss: {args.hidden_loss!r} is none of rms_mse, mse, cosine")
-    if args.chunk_tokens < 1:
-        raise ConfigError(f"chunk_tokens: {args.chunk_tokens} must be at least 1")
+    for name in ("chunk_tokens", "cache_top_k"):
+        if getattr(args, name) < 1:
+            raise ConfigError(f"{name}: {getattr(args, name)} must be at least 1")
+    if args.teacher_cache is not None and args.match_hidden_states:
+        raise ConfigError("teacher_cache: keeps no hidden states; leave it out, or match_hidden_states")
+
+
+def _check_rows(model: Any, whose: str, vocabulary: int) -> None:
+    rows = base_of(model).get_output_embeddings().weight.shape[0]
+    if rows < vocabulary:
+        raise ConfigError(f"the {whose}'s head has {rows} rows, its tokenizer {vocabulary} tokens")
 
 
 def _shared_vocabulary(student: Any, teacher: Any, teacher_tokenizer: Any) -> int:

@@ -153,6 +153,30 @@ def test_a_live_teacher_is_taken_as_it_is(data: str, teacher: str, tiny_model_pa
     assert curve(tmp_path / "live/01-kd") == curve(tmp_path / "named/01-kd")
 
 
+def test_a_cached_teacher_is_asked_once_for_a_sweep_and_a_resume(
+    data: str, teacher: str, tiny_model_path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: list[int] = []
+    original = DistillationTrainer._load_teacher
+    monkeypatch.setattr(DistillationTrainer, "_load_teacher", lambda self: loaded.append(1) or original(self))  # type: ignore[func-returns-value]
+    cached = {"teacher_cache": {"top_k": 32, "folder": str(tmp_path / "cache")}}
+    only = distil(data, teacher, method=cached)
+    whole = run(tiny_model_path, tmp_path / "whole", only)
+    assert len(loaded) == 1
+    with monkeypatch.context() as patch:
+        crash_at(patch, 5)
+        with pytest.raises(StageError, match="CrashError"):
+            run(tiny_model_path, tmp_path / "killed", only)
+    resumed = run(tiny_model_path, tmp_path / "killed", only)
+    assert same(str(whole.policy), str(resumed.policy))
+    run(tiny_model_path, tmp_path / "other", distil(data, teacher, method={**cached, "alpha": 0.9}))
+    assert len(loaded) == 1
+    online = run(tiny_model_path, tmp_path / "online", distil(data, teacher))
+    assert not same(str(whole.policy), str(online.policy))
+    kept, asked = (curve(tmp_path / where / "01-kd", "soft_loss")[0] for where in ("whole", "online"))
+    assert 0 < kept < asked
+
+
 def test_the_digest_follows_the_teacher_s_content(
     data: str, teacher: str, tiny_model_path: str, tmp_path: Path
 ) -> None:
@@ -194,6 +218,8 @@ def test_a_teacher_that_is_not_there_is_told_before_anything_is_loaded(data: str
         ({"mixture": 0.3}, {}, "method.mixture", "has no effect on 'forward_kl'"),
         ({"layer_map": {0: 0}}, {}, "method.layer_map", "has no effect without method.hidden_states: true"),
         ({"hidden_loss": "mse"}, {}, "method.hidden_loss", "has no effect without method.hidden_states: true"),
+        ({"teacher_cache": {}, "hidden_states": True}, {}, "method.teacher_cache", "keeps no hidden states"),
+        ({"teacher_cache": {"top_k": 0}}, {}, "method.teacher_cache.top_k", "greater than or equal to 1"),
         ({}, {"trl": {"alpha": 0.1}}, "trl.alpha", "belongs to method.alpha"),
         ({}, {"trl": {"loss_type": "dft"}}, "trl.loss_type", "no likelihood of the labels"),
         ({}, {"reference": {}}, "reference", "has no use for it"),
