@@ -13,6 +13,7 @@ _FILES = {
     "DPOConfig": ("trl", "trainer/dpo_config.py"),
     "KTOConfig": ("trl", "trainer/kto_config.py"),
     "RewardConfig": ("trl", "trainer/reward_config.py"),
+    "DistillationConfig": ("trl", "trainer/distillation_config.py"),
     "ProcessRewardConfig": ("stagekit", "trainers/process_reward.py"),
     "stagekit.trainers.distillation:DistillationConfig": ("stagekit", "trainers/distillation.py"),
 }

@@ -142,7 +142,7 @@ class DistillationTrainer(SFTTrainer):  # type: ignore[misc]
             raise ConfigError("router_aux_loss_coef: a student with experts is distilled without it; set it to 0.0")
         add_distilling_head(base_of(self.model))
         check_head(self.model, "student")
-        self._vocabulary = _shared_vocabulary(self.processing_class, *self._named)
+        self._vocabulary = shared_vocabulary(self.processing_class, *self._named)
         _check_rows(self.model, "student", self._vocabulary)
         if args.teacher_cache is None:
             self._load_teacher()
@@ -401,7 +401,7 @@ def _check_rows(model: Any, whose: str, vocabulary: int) -> None:
         raise ConfigError(f"the {whose}'s head has {rows} rows, its tokenizer {vocabulary} tokens")
 
 
-def _shared_vocabulary(student: Any, teacher: Any, teacher_tokenizer: Any) -> int:
+def shared_vocabulary(student: Any, teacher: Any, teacher_tokenizer: Any) -> int:
     """How many tokens the tokenizer has that both models share.
 
     Raises:

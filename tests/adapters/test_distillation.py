@@ -1,11 +1,13 @@
 """The distillation stage through pipelines on tiny models: learnt, resumed, handed over, compared, refused."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import trl
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -177,6 +179,111 @@ def test_a_cached_teacher_is_asked_once_for_a_sweep_and_a_resume(
     assert 0 < kept < asked
 
 
+def test_the_teacher_s_texts_are_learnt_across_tokenizers_and_journalled(
+    write_rows: Write, sft_rows: list[Any], teacher: str, tiny_model_path: str, tmp_path: Path
+) -> None:
+    """The teacher's tokenizer has a token more; cut and empty answers are counted, not learnt."""
+    tokenizer = AutoTokenizer.from_pretrained(teacher)
+    tokenizer.add_tokens(["<more>"])
+    tokenizer.save_pretrained(teacher)
+    prompts = str(write_rows([{"prompt": row["prompt"]} for row in sft_rows], "prompts.jsonl"))
+    only = distil(
+        prompts, teacher, method={"mode": "sequence"}, max_steps=2,
+        generation={"max_new_tokens": 24, "backend": "tests.answers:short"},
+    )  # fmt: skip
+    scripted = run(tiny_model_path, tmp_path / "scripted", only)
+    rows = [json.loads(line) for line in (tmp_path / "scripted/01-kd/data/answers.jsonl").read_text().splitlines()]
+    assert len(rows) == scripted["kd"].samples_trained == 16
+    assert rows[0]["prompt"] == sft_rows[0]["prompt"]
+    assert scripted["kd"].artifacts["datasets"] == {"answers": "01-kd/data/answers.jsonl"}
+    sampled = distil(prompts, teacher, method={"mode": "sequence"}, generation={"max_new_tokens": 8})
+    with pytest.raises(StageError, match=r"the teacher gave no answer to learn \(.*truncated\)"):
+        run(tiny_model_path, tmp_path / "sampled", sampled)  # a random teacher never ends
+    journal = [json.loads(line) for line in (tmp_path / "sampled/01-kd/journal.jsonl").read_text().splitlines()]
+    assert sum(line["type"] == "record" for line in journal) == 16
+
+
+def test_text_distillation_is_sft_on_the_teacher_s_answers(
+    write_rows: Write, sft_rows: list[Any], tiny_model_path: str, tmp_path: Path
+) -> None:
+    prompts = str(write_rows([{"prompt": row["prompt"]} for row in sft_rows], "prompts.jsonl"))
+    scripted = {"max_new_tokens": 24, "backend": "tests.answers:short"}
+    kd = distil(prompts, tiny_model_path, method={"mode": "sequence"}, generation=scripted)
+    after = stage("after", "stage:kd/answers", SFT(), model=tiny_model_path)
+    result = run(tiny_model_path, tmp_path / "run", kd, after)
+    assert curve(tmp_path / "run/01-kd") == curve(tmp_path / "run/02-after")
+    assert same(str(result["kd"].policy), str(result["after"].policy))
+
+
+def test_the_student_s_own_samples_are_taught_as_the_bare_trl_trainer_does(
+    write_rows: Write, sft_rows: list[Any], teacher: str, tiny_model_path: str, tmp_path: Path
+) -> None:
+    prompts = [{"prompt": row["prompt"]} for row in sft_rows]
+    result = run(
+        tiny_model_path,
+        tmp_path / "run",
+        distil(
+            str(write_rows(prompts, "prompts.jsonl")), teacher, max_steps=6, use_deterministic_algorithms=...,
+            method={"mode": "on_policy", "divergence": "jsd", "mixture": 0.3},
+            generation={"max_new_tokens": 8, "top_k": 50},
+        ),
+    )  # fmt: skip
+    given = {**COMMON, "max_steps": 6}
+    given["activation_checkpointing"] = given.pop("gradient_checkpointing")
+    trainer = trl.DistillationTrainer(
+        tiny_model_path,
+        AutoModelForCausalLM.from_pretrained(teacher),
+        trl.DistillationConfig(str(tmp_path / "bare"), **given, beta=0.3, max_completion_length=8, top_k=50),
+        Dataset.from_list(prompts),
+        processing_class=AutoTokenizer.from_pretrained(tiny_model_path),
+    )
+    assert curve(tmp_path / "run/01-kd") == bare(trainer)
+    saved, trained = weights(str(result.policy)), dict(trainer.model.named_parameters())
+    assert all(torch.equal(trained[name], saved[name]) for name in saved)
+
+
+def test_on_the_student_s_own_samples_the_reverse_divergence_falls_and_it_resumes_to_the_same_bits(
+    write_rows: Write, sft_rows: list[Any], tiny_model_path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = str(write_rows([{"prompt": row["prompt"]} for row in sft_rows], "prompts.jsonl"))
+    near = made(tiny_model_path, tmp_path / "near", seed=5)
+    only = distil(
+        prompts, near, method={"mode": "on_policy", "teacher_bits": 8}, generation={"max_new_tokens": 8}, max_steps=8
+    )
+    whole = run(tiny_model_path, tmp_path / "whole", only)
+    losses = curve(tmp_path / "whole/01-kd")
+    assert losses[-1] < 0.9 * losses[0]
+    with monkeypatch.context() as patch:
+        crash_at(patch, 5)
+        with pytest.raises(StageError, match="CrashError"):
+            run(tiny_model_path, tmp_path / "killed", only)
+    torch.manual_seed(7)
+    resumed = run(tiny_model_path, tmp_path / "killed", only)
+    assert lines(tmp_path / "whole/01-kd") == lines(tmp_path / "killed/01-kd")
+    assert same(str(whole.policy), str(resumed.policy))
+
+
+@pytest.mark.parametrize("lora", [None, LoRA(rank=4, alpha=8, merge=True)], ids=["full", "lora"])
+def test_a_student_of_the_teacher_s_blocks_starts_as_they_are(
+    lora: LoRA | None, data: str, teacher: str, tiny_model_path: str, tmp_path: Path
+) -> None:
+    only = distil(
+        data, teacher, method={"init_student": {"layers": 2}, "hidden_states": True}, max_steps=2,
+        **({"lora": lora} if lora else {}),
+    )  # fmt: skip
+    result = run(tiny_model_path, tmp_path / "run", only)
+    start, theirs = weights(tmp_path / "run/01-kd/student"), weights(teacher)
+    for ours, block in ((0, 0), (1, 3)):
+        for name in (name for name in start if f".layers.{ours}." in name):
+            assert torch.equal(start[name], theirs[name.replace(f".layers.{ours}.", f".layers.{block}.")])
+    assert torch.equal(start["model.embed_tokens.weight"], theirs["model.embed_tokens.weight"])
+    policy, about = AutoModelForCausalLM.from_pretrained(str(result.policy), output_loading_info=True)
+    assert (policy.config.num_hidden_layers, policy.config.hidden_size) == (2, 96)
+    assert not about["unexpected_keys"] and not about["missing_keys"]
+    with pytest.raises(ConfigError, match=r"init_student.layers: 5 of the teacher's 4 blocks cannot be had"):
+        run(tiny_model_path, tmp_path / "more", distil(data, teacher, method={"init_student": {"layers": 5}}))
+
+
 def test_the_digest_follows_the_teacher_s_content(
     data: str, teacher: str, tiny_model_path: str, tmp_path: Path
 ) -> None:
@@ -215,11 +322,21 @@ def test_a_teacher_that_is_not_there_is_told_before_anything_is_loaded(data: str
         ({"temperature": 0}, {}, "method.temperature", "greater than 0"),
         ({"temperature": 101}, {}, "method.temperature", "less than or equal to 100"),
         ({"alpha": 1.5}, {}, "method.alpha", "less than or equal to 1"),
-        ({"mixture": 0.3}, {}, "method.mixture", "has no effect on 'forward_kl'"),
+        ({"mixture": 0.3}, {}, "method.mixture", "has no effect on this divergence; it is of jsd and skewed_kl"),
         ({"layer_map": {0: 0}}, {}, "method.layer_map", "has no effect without method.hidden_states: true"),
         ({"hidden_loss": "mse"}, {}, "method.hidden_loss", "has no effect without method.hidden_states: true"),
         ({"teacher_cache": {}, "hidden_states": True}, {}, "method.teacher_cache", "keeps no hidden states"),
         ({"teacher_cache": {"top_k": 0}}, {}, "method.teacher_cache.top_k", "greater than or equal to 1"),
+        ({"mode": "sequence", "alpha": 0.3}, {}, "method.alpha", "has no effect in mode 'sequence'; it is of logits"),
+        ({"mode": "sequence", "temperature": 2.0}, {}, "method.temperature", "it is of logits and on_policy"),
+        ({"mode": "on_policy", "hidden_states": True}, {}, "method.hidden_states", "no effect in mode 'on_policy'"),
+        ({"mode": "on_policy", "teacher_cache": {}}, {}, "method.teacher_cache", "no effect in mode 'on_policy'"),
+        ({"mode": "on_policy", "divergence": "skewed_kl"}, {}, "method.divergence", "use jsd with a mixture"),
+        ({"mode": "on_policy"}, {"generation": {"temperature": 0.7}}, "generation.temperature", "method.temperature"),
+        ({"mode": "on_policy"}, {"data_shuffle_seed": 3}, "data_shuffle_seed", "random_seed decides the order"),
+        ({"mode": "on_policy"}, {"trl": {"beta": 0.5}}, "trl.beta", "belongs to method.divergence"),
+        ({}, {"generation": {"top_p": 0.5}}, "generation", "has no effect in mode 'logits'"),
+        ({"init_student": {"layers": 1}}, {"model": "a/model"}, "model", "has no effect with method.init_student"),
         ({}, {"trl": {"alpha": 0.1}}, "trl.alpha", "belongs to method.alpha"),
         ({}, {"trl": {"loss_type": "dft"}}, "trl.loss_type", "no likelihood of the labels"),
         ({}, {"reference": {}}, "reference", "has no use for it"),

@@ -19,6 +19,7 @@ from stagekit.models import bnb_config
 from stagekit.trainers import distillation_head
 from stagekit.trainers.distillation import PROJECTIONS, DistillationConfig, DistillationTrainer
 from stagekit.trainers.distillation_head import base_of
+from stagekit.trainers.distillation_student import kept_blocks, student_of
 
 
 SETTINGS: dict[str, Any] = {
@@ -623,3 +624,22 @@ def test_a_cache_has_no_hidden_states_and_needs_rows_with_numbers(
         build(model(tiny_model_path, 1), teacher_cache=str(tmp_path), match_hidden_states=True)
     with pytest.raises(ConfigError, match="teacher_cache: the train data is a IterableDataset"):
         build(model(tiny_model_path, 1), teacher_cache=str(tmp_path), data=rows.to_iterable_dataset())
+
+
+@pytest.mark.parametrize(
+    ("depths", "kept"),
+    [((12, 6), [0, 2, 4, 7, 9, 11]), ((12, 3), [0, 6, 11]), ((12, 1), [0]), ((4, 4), [0, 1, 2, 3]), ((6, 2), [0, 5])],
+)
+def test_a_student_keeps_blocks_spread_over_the_teacher(depths: tuple[int, int], kept: list[int]) -> None:
+    """12 -> 6 is DistilBERT's table, 12 -> 3 and 6 -> 2 those of seq2seq-distillation's make_student.py."""
+    assert kept_blocks(*depths) == kept
+
+
+def test_a_student_of_all_blocks_is_the_teacher(tiny_model_path: str) -> None:
+    teacher = model(tiny_model_path, 1, num_hidden_layers=3)
+    ids = torch.arange(8)[None]
+    assert torch.equal(student_of(teacher, 3)(ids).logits, teacher(ids).logits)
+    half = student_of(teacher, 2)
+    assert half.config.num_hidden_layers == 2 and teacher.config.num_hidden_layers == 3
+    teacher.model.layers = torch.nn.ModuleList([teacher.model.layers[0], teacher.model.layers[2]])
+    assert torch.equal(half(ids).logits, teacher(ids).logits)
