@@ -15,6 +15,12 @@ from stagekit.catalog import catalog
 
 FOLDER = Path("docs/stages")
 
+_METHODS: dict[str, str] = {
+    "custom": "{type: custom, function: my_package.my_module:my_function}",
+    "distillation": "{type: distillation, teacher: my/teacher}",
+}
+"""Types that cannot do without an option of their own."""
+
 _EXAMPLES: dict[str, str] = {
     "constitutional": "generation: {max_new_tokens: 256}",
     "evaluation": "validation_data: rows.jsonl",
@@ -35,9 +41,7 @@ def example(kind: str) -> str:
     """A stage of the type as it stands in a pipeline file."""
     cls = METHODS[kind]
     lines = [f"name: my-{kind.replace('_', '-')}"]
-    lines.append(
-        "method: {type: custom, function: my_package.my_module:my_function}" if kind == "custom" else f"method: {kind}"
-    )
+    lines.append(f"method: {_METHODS.get(kind, kind)}")
     if cls.needs_data:
         columns = " or ".join(" + ".join(one) for one in cls.columns[:2])
         lines.append(f"training_data: rows.jsonl   # columns {columns}")

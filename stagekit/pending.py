@@ -21,11 +21,6 @@ PENDING: Mapping[str, str] = {
     "rejection_sampling_n": "the rejection sampling trainer",
     "rejection_sampling_top_k": "the rejection sampling trainer",
     "rejection_sampling_min_reward": "the rejection sampling trainer",
-    "teacher_model": "the distillation trainer",
-    "distillation_temperature": "the distillation trainer",
-    "distillation_alpha": "the distillation trainer",
-    "use_intermediate_distillation": "the distillation trainer",
-    "distillation_layer_mapping": "the distillation trainer",
 }
 """Flat name -> what is missing."""
 

@@ -13,8 +13,12 @@ _FILES = {
     "DPOConfig": ("trl", "trainer/dpo_config.py"),
     "KTOConfig": ("trl", "trainer/kto_config.py"),
     "RewardConfig": ("trl", "trainer/reward_config.py"),
+    "DistillationConfig": ("trl", "trainer/distillation_config.py"),
     "ProcessRewardConfig": ("stagekit", "trainers/process_reward.py"),
+    "stagekit.trainers.distillation:DistillationConfig": ("stagekit", "trainers/distillation.py"),
 }
+_EXTENDS = {"stagekit.trainers.distillation:DistillationConfig": "SFTConfig"}
+"""The config that one of ours extends, where it is not transformers' own."""
 
 
 @cache
@@ -24,8 +28,9 @@ def fields_of(config_class: str) -> frozenset[str]:
     Raises:
         ModuleNotFoundError: trl or transformers is not installed.
     """
-    name = config_class.partition(":")[2]
-    return frozenset().union(*(_own_fields(cls) for cls in (name, "_BaseConfig", "TrainingArguments")))
+    name = config_class if config_class in _FILES else config_class.partition(":")[2]
+    bases = (_EXTENDS[name],) if name in _EXTENDS else ()
+    return frozenset().union(*(_own_fields(cls) for cls in (name, *bases, "_BaseConfig", "TrainingArguments")))
 
 
 def _own_fields(cls: str) -> frozenset[str]:
@@ -35,7 +40,7 @@ def _own_fields(cls: str) -> frozenset[str]:
         raise ModuleNotFoundError(f"{package} is not installed")
     source = (Path(spec.submodule_search_locations[0]) / file).read_text()
     for node in ast.parse(source).body:
-        if isinstance(node, ast.ClassDef) and node.name == cls:
+        if isinstance(node, ast.ClassDef) and node.name == cls.rpartition(":")[2]:
             names = (item.target for item in node.body if isinstance(item, ast.AnnAssign))
             return frozenset(target.id for target in names if isinstance(target, ast.Name))
     raise ModuleNotFoundError(f"{package}/{file} has no class {cls}; this version of {package} is not supported")

@@ -168,8 +168,8 @@ def _reads(pipeline: "TrainingPipeline", index: int, results: Sequence[StageResu
     can turn out to pass no model on, then that of the one before it is."""
     stage = pipeline.stages[index]
     found = set()
-    for _, value in [*models_of(stage), *data_of(stage)]:
-        source = as_data(value).source
+    models = (value for _, value in models_of(stage))
+    for source in [*models, *(as_data(value).source for _, value in data_of(stage))]:
         if isinstance(source, str) and source.startswith("stage:"):
             found.add(source.removeprefix("stage:").partition("/")[0])
     if stage.model is None:

@@ -42,6 +42,8 @@ ARGUMENTS = {
     "best_checkpoint_metric_maximize": "greater_is_better", "checkpoint_save_steps": "save_steps",
     "custom_metric_name": "metric_for_best_model", "data_shuffle_seed": "data_seed",
     "distributed_strategy": "ddp_find_unused_parameters", "dpo_beta": "beta",
+    "distillation_alpha": "alpha", "distillation_layer_mapping": "layer_map",
+    "distillation_temperature": "temperature",
     "epochs": "num_train_epochs", "evaluation_steps": "eval_steps",
     "gradient_accumulation_steps": "gradient_accumulation_steps", "is_evaluation_only": "learning_rate",
     "learning_rate": "learning_rate", "logging_steps": "logging_steps",
@@ -53,6 +55,7 @@ ARGUMENTS = {
     "scheduler_type": "lr_scheduler_type", "share_reference_model": "precompute_ref_log_probs",
     "shuffle_data": "train_sampling_strategy", "update_reference_model": "sync_ref_model",
     "use_deterministic_algorithms": "full_determinism", "use_gradient_checkpointing": "activation_checkpointing",
+    "use_intermediate_distillation": "match_hidden_states",
     "use_mixed_precision": "bf16", "warmup_ratio": "warmup_steps", "warmup_steps": "warmup_steps",
     "weight_decay": "weight_decay",
 }  # fmt: skip
@@ -93,6 +96,7 @@ EMITTED: Mapping[str, str] = {
     "run_condition": "begun status",
     "save_checkpoint_after": "deleted",
     "tags": "hook tags",
+    "teacher_model": "trainer",
     "trainable_layers": "weights",
     "training_data": "rows",
     "unfreeze_top_n_layers": "weights",
@@ -154,9 +158,9 @@ class Place:
                 options[key] = {"a": self.data(kind, "rows"), "b": self.data(kind, "validation")}
             elif options.get(key) is not None:
                 options[key] = self.data(kind, options[key])
-        for key in ("critique_model", "model"):
-            if options.get(key) == "other":
-                options[key] = self.other()
+        for key in ("critique_model", "model", "teacher_model"):
+            if options.get(key) in {"other", "same"}:
+                options[key] = self.other() if options[key] == "other" else self.model
         return TrainingStage(**{key: value for key, value in options.items() if value is not None or key in given})
 
     def least(self, kind: str) -> dict[str, Any]:
@@ -165,6 +169,8 @@ class Place:
             return {"method": {"type": "custom", "function": "tests.option_pairs:tell"}}
         if kind == "evaluation":
             return {"method": "evaluation", "validation_data": "validation"}
+        if kind == "distillation":
+            return {"method": kind, "teacher_model": "other", "training_data": "rows"}
         writes = {"generation": {"max_new_tokens": 24}} if kind == "constitutional" else {}
         return {"method": kind, "training_data": "rows", **writes}
 
@@ -184,7 +190,13 @@ class Place:
     def data(self, kind: str, word: str) -> str:
         if kind == "constitutional":
             return self.files["prompts" if word == "rows" else "validation"]
-        name = {"process_reward": "steps", "sft": "rows", "evaluation": "rows", "custom": "rows"}.get(kind, "pairs")
+        name = {
+            "process_reward": "steps",
+            "sft": "rows",
+            "distillation": "rows",
+            "evaluation": "rows",
+            "custom": "rows",
+        }.get(kind, "pairs")
         return self.files[name if word == "rows" else f"{name} to validate" if name != "rows" else "validation"]
 
     def task(self, *stages: TrainingStage) -> Task:

@@ -307,7 +307,10 @@ VARIED: tuple[dict[str, Any], ...] = (
 def test_every_argument_is_one_field_of_the_installed_config(kind: str, given: dict[str, Any]) -> None:
     if kind == "evaluation" or (kind == "constitutional" and "is_evaluation_only" in given):
         kind, given = "evaluation", {"training_data": None, "validation_data": "v"}
-    targets = [setting.target for setting in settings_of(stage(method=kind, **{"model": "m", **given}))]
+    own = {"teacher": "t"} if kind == "distillation" else {}
+    targets = [
+        setting.target for setting in settings_of(stage(method={"type": kind, **own}, **{"model": "m", **given}))
+    ]
     assert len(targets) == len(set(targets))
     config = METHODS[kind].config_class
     assert config is not None

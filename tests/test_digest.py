@@ -53,6 +53,7 @@ OTHER: dict[str, Any] = {
     "frozen_layers": ["layers.0"], "trainable_layers": ["lm_head"], "callbacks": {"on_stage_start": "json:loads"},
     "custom_loss_function": "json:loads", "contrastive_margin": 0.5, "preference_label_smoothing": 0.2,
     "distributed_strategy": "ddp",
+    "distillation_alpha": 0.9, "distillation_layer_mapping": {1: 0}, "teacher_model": "other/teacher",
 }  # fmt: skip
 FP16 = {"use_mixed_precision": True, "mixed_precision_dtype": "fp16"}
 BESIDE: dict[str, dict[str, Any]] = {
@@ -99,6 +100,16 @@ BESIDE: dict[str, dict[str, Any]] = {
         for name in ("best_checkpoint_metric", "best_checkpoint_metric_maximize")
     },
     "is_evaluation_only": {"validation_data": "held.jsonl", "training_data": None},
+    **{
+        name: {"stage_type": "knowledge_distillation", "teacher_model": "a/teacher"}
+        for name in (
+            "distillation_alpha",
+            "distillation_temperature",
+            "use_intermediate_distillation",
+            "teacher_model",
+        )
+    },
+    "distillation_layer_mapping": {"stage_type": "feature_distillation", "teacher_model": "a/teacher"},
 }
 """What must stand beside an option for it to have an effect."""
 

@@ -131,6 +131,14 @@ CASES: dict[str, Case] = {
     "data_preprocessor": Case({}, {"data_preprocessor": first_half}, result("samples_trained")),
     "data_shuffle_seed": Case({"data_shuffle_seed": 1}, {"data_shuffle_seed": 2}, curve),
     "description": Case({"description": "a"}, {"description": "b"}, result("description")),
+    "distillation_alpha": Case({"distillation_alpha": 0.5}, {"distillation_alpha": 0.9}, curve, kind="distillation"),
+    "distillation_layer_mapping": Case(
+        {"distillation_layer_mapping": {}}, {"distillation_layer_mapping": {1: 0}}, curve,
+        {"use_intermediate_distillation": True}, kind="distillation",
+    ),
+    "distillation_temperature": Case(
+        {"distillation_temperature": 2.0}, {"distillation_temperature": 4.0}, curve, kind="distillation"
+    ),
     "distributed_strategy": Case(
         {"distributed_strategy": "none"}, {"distributed_strategy": "ddp"}, result("processes")
     ),
@@ -236,6 +244,7 @@ CASES: dict[str, Case] = {
         {"stage_type": "preference_optimization", "training_data": "pairs"}, result("type"), kind="",
     ),
     "tags": Case({"tags": ["mine"]}, {"tags": ["yours"]}, card),
+    "teacher_model": Case({"teacher_model": "other"}, {"teacher_model": "same"}, curve, kind="distillation"),
     "trainable_layers": Case(
         {"trainable_layers": ["layers.0"]}, {"trainable_layers": ["layers.1"]}, weight, {"freeze_base_model": True}
     ),
@@ -252,6 +261,9 @@ CASES: dict[str, Case] = {
         {"use_gradient_checkpointing": False}, {"use_gradient_checkpointing": True}, lambda folder: spied(folder)
     ),
     "use_gradual_unfreezing": Case({"use_gradual_unfreezing": False}, {"use_gradual_unfreezing": True}, weight),
+    "use_intermediate_distillation": Case(
+        {"use_intermediate_distillation": False}, {"use_intermediate_distillation": True}, curve, kind="distillation"
+    ),
     "use_lora": Case({"use_lora": False}, {"use_lora": True}, files),
     "use_mixed_precision": Case(
         {"use_mixed_precision": False}, {"use_mixed_precision": True, "mixed_precision_dtype": "bf16"}, curve
@@ -345,6 +357,11 @@ class World:
                 "generation": {"max_new_tokens": 24},
             },
             "custom": {"stage_type": "custom"},
+            "distillation": {
+                "stage_type": "knowledge_distillation",
+                "training_data": "rows",
+                "teacher_model": "other",
+            },
             "": {},
         }
         trains = {"max_steps": 3, "batch_size": 4, "logging_steps": 1, "learning_rate": 1e-3}
@@ -364,8 +381,10 @@ class World:
                 options[key] = {"a": self.files["rows"], "b": self.files["validation"]}
             elif word is not None:
                 options[key] = self.files[word]
-        if options.get("critique_model") == "other":
-            options["critique_model"] = self.other()
+        models = {"other": self.other, "same": lambda: self.model}
+        for key in ("critique_model", "teacher_model"):
+            if key in options:
+                options[key] = models[options[key]]()
         return {key: value for key, value in options.items() if value is not None or key == "early_stopping"}
 
     def other(self) -> str:

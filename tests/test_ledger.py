@@ -23,6 +23,7 @@ OF_TYPE: Mapping[str, Mapping[str, Any]] = {
     "constitutional": {"method": "constitutional", "training_data": "rows.jsonl"},
     "evaluation": {"method": "evaluation", "validation_data": "rows.jsonl"},
     "custom": {"method": {"type": "custom", "function": "pkg.mod:f"}},
+    "distillation": {"method": {"type": "distillation", "teacher": "a/teacher"}, "training_data": "rows.jsonl"},
 }
 """The least that a stage of each built type needs."""
 
@@ -52,8 +53,6 @@ SET: Mapping[str, Any] = {
     "preference_label_smoothing": 0.1,
     "reference_model_update_interval": 5,
     "reward_model": "some/model",
-    "teacher_model": "some/model",
-    "distillation_layer_mapping": {1: 1},
     "rejection_sampling_min_reward": 0.5,
     "self_play_temperature": 0.5,
     "gae_lambda": 0.5,
@@ -184,8 +183,8 @@ STILL = "is_evaluation_only: true does not train"
         ("custom", {"trl": {"max_length": 5}}, "trl", OWN),
         ("custom", {"metrics_to_track": ["loss"]}, "metrics_to_track", OWN),
         ("sft", {"reference": {"mode": "copy"}}, "reference", NO_USE + "dpo, kto"),
-        ("sft", {"generation": {}}, "generation", NO_USE + "constitutional"),
-        ("dpo", {"generation": {"temperature": 0}}, "generation", NO_USE + "constitutional"),
+        ("sft", {"generation": {}}, "generation", NO_USE + "constitutional, distillation"),
+        ("dpo", {"generation": {"temperature": 0}}, "generation", NO_USE + "constitutional, distillation"),
         ("constitutional", {"reference": {}}, "reference", NO_USE + "dpo, kto"),
         *(
             (kind, {"is_evaluation_only": True, "validation_data": "v", "training_data": None, option: value},
@@ -335,7 +334,8 @@ def test_the_ledger_has_one_entry_for_every_option_of_the_stage_and_its_method(k
     for entry in entries:
         assert entry.disposition in {"applied", "not applicable", "not built"}
         assert (entry.reason == "") == (entry.disposition == "applied")
-    of_method = {"method.type", "method.function"} if kind == "custom" else {"method.type"}
+    needed = {"custom": {"method.function"}, "distillation": {"method.teacher"}}
+    of_method = {"method.type", *needed.get(kind, ())}
     assert {entry.option for entry in entries if entry.set} == {"name", *OF_TYPE[kind], *of_method}
 
 

@@ -169,11 +169,12 @@ NAMES: Mapping[str, Mapping[str, str]] = {
         "sft": "supervised_fine_tuning", "dpo": "preference_optimization", "kto": "preference_optimization",
         "orpo": "odds_ratio_preference", "cpo": "contrastive_preference", "simpo": "contrastive_preference",
         "reward": "reward_model_training", "process_reward": "process_reward_model_training",
-        "constitutional": "constitutional", "evaluation": "evaluation", "custom": "custom",
+        "constitutional": "constitutional", "distillation": "knowledge_distillation", "evaluation": "evaluation",
+        "custom": "custom",
     },
     "fine_tuning_method": {
         "sft": "sft", "dpo": "ipo", "kto": "kto", "orpo": "orpo", "cpo": "cpo", "simpo": "simpo",
-        "constitutional": "constitutional_ai",
+        "constitutional": "constitutional_ai", "distillation": "knowledge_distillation",
     },
     "preference_loss_type": {"dpo": "hinge", "kto": "kto", "orpo": "odds_ratio", "simpo": "simple"},
 }  # fmt: skip
@@ -187,9 +188,12 @@ SELECTED = [(name, kind) for name in SELECTORS for kind in BUILT]
 def selected(place: Place, kind: str, **selectors: str) -> tuple[str, Any]:
     """The type that the selectors choose, with its trainer and its loss."""
     least = place.least(kind)
-    function = {"custom_training_function": "tests.option_pairs:tell"} if kind == "custom" else {}
+    own = {
+        "custom": {"custom_training_function": "tests.option_pairs:tell"},
+        "distillation": {"teacher_model": place.model},
+    }.get(kind, {})
     least = {key: place.files["rows"] for key in least if key.endswith("_data")}
-    stage = TrainingStage(name="s", **least, **function, **selectors)
+    stage = TrainingStage(name="s", **least, **own, **selectors)
     return stage.method.type, (stage.method.trainer_for(stage), emission(place, stage, "argument loss_type"))
 
 

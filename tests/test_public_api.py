@@ -32,6 +32,7 @@ from stagekit.adapters import (
     base,
     constitutional,
     custom,
+    distillation,
     dpo,
     evaluation,
     kto,
@@ -47,8 +48,8 @@ from stagekit.adapters import (
 
 DESCRIBING = (
     arguments, checks, digest, errors, flat, groups, ledger, measures, options, parity, parse, pending, pipeline,
-    selectors, stage, stage_options, trl_fields, base, constitutional, custom, dpo, evaluation, kto, process_reward,
-    reference_free, references, reward, scoring, sft, unbuilt,
+    selectors, stage, stage_options, trl_fields, base, constitutional, custom, distillation, dpo, evaluation, kto,
+    process_reward, reference_free, references, reward, scoring, sft, unbuilt,
 )  # fmt: skip
 
 

@@ -9,6 +9,7 @@ from pydantic_core import PydanticCustomError
 from stagekit.adapters.base import Method
 from stagekit.adapters.constitutional import Constitutional
 from stagekit.adapters.custom import Custom
+from stagekit.adapters.distillation import Distillation
 from stagekit.adapters.dpo import DPO
 from stagekit.adapters.evaluation import Evaluation
 from stagekit.adapters.kto import KTO
@@ -20,7 +21,6 @@ from stagekit.adapters.unbuilt import (
     GRPO,
     PPO,
     RLOO,
-    Distillation,
     RejectionSampling,
     SelfPlay,
 )

@@ -3,12 +3,10 @@
 Each moves into a file of its own, with its trainer, when it is built; `missing` says what it waits for.
 """
 
-from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 from stagekit.adapters.base import Method
-from stagekit.groups import Model
-from stagekit.options import Count, Fraction, NonNegativeFloat, Positive, PositiveFloat
+from stagekit.options import Fraction, NonNegativeFloat, Positive, PositiveFloat
 
 
 class PPO(Method):
@@ -122,24 +120,3 @@ class SelfPlay(Method):
     summary: ClassVar = "SPIN: prefer the data's answers to the model's own"
     paper: ClassVar = "huggingface.co/papers/2401.01335"
     missing: ClassVar = "the self-play trainer"
-
-
-class Distillation(Method):
-    """Learn a teacher's distribution: alpha * soft + (1 - alpha) * hard."""
-
-    type: Literal["distillation"] = "distillation"
-    """The stage type."""
-    teacher: Model = None
-    """The larger model to learn from."""
-    temperature: PositiveFloat = 2.0
-    """Softens both distributions; the soft term is scaled by its square."""
-    alpha: Fraction = 0.5
-    """Weight of the soft term."""
-    hidden_states: bool = False
-    """Also match intermediate layers."""
-    layer_map: Mapping[int, Count] = {}
-    """Teacher layer -> student layer. Empty = evenly spread."""
-
-    summary: ClassVar = "learn a teacher's distribution, and its hidden states"
-    paper: ClassVar = "huggingface.co/papers/1503.02531"
-    missing: ClassVar = "the distillation trainer"

@@ -1,0 +1,645 @@
+"""The distillation trainer on tiny models: SFT at alpha 0, what counts, hidden states, memory, saving, bad input."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from trl import SFTConfig, SFTTrainer
+
+from stagekit.distillation_losses import divergence, soften
+from stagekit.errors import ConfigError, StageError
+from stagekit.models import bnb_config
+from stagekit.trainers import distillation_head
+from stagekit.trainers.distillation import PROJECTIONS, DistillationConfig, DistillationTrainer
+from stagekit.trainers.distillation_head import base_of
+from stagekit.trainers.distillation_student import kept_blocks, student_of
+
+
+SETTINGS: dict[str, Any] = {
+    "use_cpu": True,
+    "bf16": False,
+    "report_to": "none",
+    "save_strategy": "no",
+    "disable_tqdm": True,
+    "logging_steps": 1,
+    "gradient_checkpointing": False,
+    "learning_rate": 1e-3,
+    "per_device_train_batch_size": 4,
+    "max_steps": 3,
+}
+
+
+def config(folder: Path, **changes: Any) -> DistillationConfig:
+    return DistillationConfig(str(folder / "out"), **{**SETTINGS, **changes})
+
+
+def tokenizer(path: str) -> Any:
+    return AutoTokenizer.from_pretrained(path)
+
+
+def model(path: str, seed: int | None = None, **changes: Any) -> Any:
+    """The tiny model, or a random one of other sizes with its tokenizer."""
+    if seed is None:
+        return AutoModelForCausalLM.from_pretrained(path)
+    torch.manual_seed(seed)
+    made = LlamaForCausalLM(LlamaConfig.from_pretrained(path, **changes))
+    made.config._name_or_path = made.name_or_path = path
+    return made
+
+
+@pytest.fixture
+def rows(sft_rows: list[Any]) -> Dataset:
+    return Dataset.from_list(sft_rows)
+
+
+@pytest.fixture
+def build(tiny_model_path: str, rows: Dataset, tmp_path: Path) -> Callable[..., DistillationTrainer]:
+    """`build(teacher, student=None, data=None, **config)`."""
+
+    def make(teacher: Any, student: Any = None, data: Any = None, peft: Any = None, **changes: Any) -> Any:
+        return DistillationTrainer(
+            student if student is not None else tiny_model_path,
+            config(tmp_path, **changes),
+            teacher_model=teacher,
+            train_dataset=data if data is not None else rows,
+            eval_dataset=rows,
+            processing_class=tokenizer(tiny_model_path),
+            peft_config=peft,
+        )
+
+    return make
+
+
+def batch(trainer: Any, count: int = 4) -> dict[str, Any]:
+    return trainer._prepare_inputs(trainer.data_collator([trainer.train_dataset[row] for row in range(count)]))
+
+
+def losses(trainer: Any) -> list[float]:
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def logged(trainer: Any, name: str) -> list[float]:
+    return [entry[name] for entry in trainer.state.log_history if name in entry]
+
+
+class Shifted(torch.nn.Module):
+    """A teacher's block of nothing that adds to the last hidden state at one position."""
+
+    def __init__(self, norm: Any, rows: Any, at: Any) -> None:
+        super().__init__()
+        self.norm, self.rows, self.at = norm, rows, at
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        found = self.norm(hidden).clone()
+        found[self.rows, self.at, 0] += 5.0
+        return found
+
+
+@pytest.mark.parametrize("hidden", [False, True])
+@pytest.mark.parametrize(
+    "peft", [None, LoraConfig(r=4, lora_dropout=0.3, task_type="CAUSAL_LM")], ids=["full", "lora"]
+)
+def test_alpha_zero_is_trl_s_sft_bit_for_bit(
+    hidden: bool, peft: Any, build: Any, tiny_model_path: str, rows: Dataset, tmp_path: Path
+) -> None:
+    ours = build("no/teacher-is-loaded", alpha=0.0, match_hidden_states=hidden, peft=peft, max_steps=4)
+    ours.train()
+    theirs = SFTTrainer(
+        tiny_model_path,
+        SFTConfig(str(tmp_path / "sft"), **{**SETTINGS, "max_steps": 4}),
+        train_dataset=rows,
+        eval_dataset=rows,
+        processing_class=tokenizer(tiny_model_path),
+        peft_config=peft,
+    )
+    theirs.train()
+    assert losses(ours) == losses(theirs)
+    assert logged(ours, "grad_norm") == logged(theirs, "grad_norm")
+    for (name, one), (_, other) in zip(ours.model.named_parameters(), theirs.model.named_parameters(), strict=True):
+        assert torch.equal(one, other), name
+    assert ours.evaluate()["eval_loss"] == theirs.evaluate()["eval_loss"]
+
+
+def test_the_hard_part_is_trl_s_sft_loss_and_its_numbers_are_logged(
+    build: Any, tiny_model_path: str, rows: Dataset, tmp_path: Path
+) -> None:
+    ours = build(model(tiny_model_path, 1), max_steps=1)
+    sft = SFTTrainer(
+        tiny_model_path,
+        SFTConfig(str(tmp_path / "sft"), **{**SETTINGS, "max_steps": 1}),
+        train_dataset=rows,
+        processing_class=tokenizer(tiny_model_path),
+    )
+    for one in (ours, sft):
+        one.train()
+    assert logged(ours, "hard_loss") == pytest.approx(losses(sft), rel=1e-6)
+    for name in ("entropy", "mean_token_accuracy", "num_tokens"):
+        assert logged(ours, name) == pytest.approx(logged(sft, name), rel=1e-5)
+    soft, hard = logged(ours, "soft_loss")[0], logged(ours, "hard_loss")[0]
+    assert losses(ours) == pytest.approx([0.5 * soft + 0.5 * hard], rel=1e-6)
+    assert soft > 0.1
+
+
+def test_with_alpha_one_the_labels_decide_only_where_is_counted(build: Any, tiny_model_path: str) -> None:
+    trainer = build(model(tiny_model_path, 1), alpha=1.0)
+    given = batch(trainer)
+    other = {**given, "labels": torch.where(given["labels"] == -100, -100, 7)}
+    found = []
+    for one in (given, other):
+        trainer.model.zero_grad()
+        loss = trainer.compute_loss(trainer.model, dict(one))
+        loss.backward()
+        found.append((loss.detach(), [parameter.grad.clone() for parameter in trainer.model.parameters()]))
+    assert torch.equal(found[0][0], found[1][0])
+    assert all(torch.equal(one, two) for one, two in zip(found[0][1], found[1][1], strict=True))
+
+
+@pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl"])
+def test_a_teacher_that_is_the_student_leaves_the_labels_alone(kind: str, build: Any, tiny_model_path: str) -> None:
+    trainer = build(model(tiny_model_path), divergence=kind, match_hidden_states=True, alpha=0.3)
+    loss = trainer.compute_loss(trainer.model, batch(trainer))
+    parts = {name: values[-1] for name, values in trainer._metrics["eval"].items()}
+    assert (parts["soft_loss"], parts["hidden_loss"]) == (0.0, 0.0)  # exactly
+    assert float(loss) == pytest.approx(0.7 * parts["hard_loss"], rel=1e-6)
+
+
+def test_the_loss_is_the_formula_on_whole_logits(build: Any, tiny_model_path: str) -> None:
+    """The chunks, the mask and the division against the definition, written out on full matrices."""
+    teacher = model(tiny_model_path, 1)
+    trainer = build(teacher, alpha=0.6, temperature=3.0, chunk_tokens=5, divergence="jsd", mixture=0.3)
+    given = batch(trainer)
+    labels = given["labels"][:, 1:]
+    mask = labels != -100
+    ids = {name: given[name] for name in ("input_ids", "attention_mask")}
+    ours, theirs = (one(**ids).logits[:, :-1][mask] for one in (trainer.model, teacher))
+    soft = 9 * divergence(soften(ours, 3.0), soften(theirs, 3.0), "jsd", 0.3).sum()
+    hard = torch.nn.functional.cross_entropy(ours, labels[mask], reduction="sum")
+    wanted = (0.6 * soft + 0.4 * hard) / 50
+    gradients = torch.autograd.grad(wanted, list(trainer.model.parameters()))
+    loss = trainer.compute_loss(trainer.model, given, num_items_in_batch=torch.tensor(50))
+    assert float(loss) == pytest.approx(float(wanted), rel=1e-6)
+    loss.backward()
+    for parameter, gradient in zip(trainer.model.parameters(), gradients, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("where", ["first", "last", "prompt", "end", "pad"])
+def test_the_token_that_predicts_the_first_label_counts_and_those_outside_do_not(
+    where: str, build: Any, tiny_model_path: str
+) -> None:
+    """The mask is that of the labels, shifted: DistillKit leaves the first out and counts the one after the end."""
+    teacher = model(tiny_model_path)
+    trainer = build(teacher, alpha=1.0)
+    given = batch(trainer)
+    labels, lengths = given["labels"], given["attention_mask"].sum(1)
+    first = (labels != -100).int().argmax(1)  # where the first label stands; it is predicted one before
+    last = labels.size(1) - 1 - (labels != -100).int().flip(1).argmax(1)
+    padded = torch.tensor([row for row in range(4) if lengths[row] < labels.size(1)])
+    rows, at = {
+        "first": (torch.arange(4), first - 1),
+        "last": (torch.arange(4), last - 1),
+        "prompt": (torch.arange(4), first - 2),
+        "end": (torch.arange(4), last),
+        "pad": (padded, lengths[padded]),
+    }[where]
+    teacher.model.norm = Shifted(teacher.model.norm, rows, at)
+    loss = float(trainer.compute_loss(trainer.model, given).detach())
+    assert (loss > 1e-3) if where in ("first", "last") else loss == 0.0
+
+
+def loss_of(trainer: Any, given: dict[str, Any], items: int) -> float:
+    return float(trainer.compute_loss(trainer.model, dict(given), num_items_in_batch=torch.tensor(items)).detach())
+
+
+def test_padding_on_either_side_and_of_any_amount_makes_no_difference(build: Any, tiny_model_path: str) -> None:
+    trainer = build(model(tiny_model_path, 1), match_hidden_states=True)
+    given = batch(trainer)
+    plain = loss_of(trainer, given, 100)
+    values = {"input_ids": 3, "labels": -100, "attention_mask": 0}
+    wider = {name: torch.nn.functional.pad(given[name], (0, 9), value=value) for name, value in values.items()}
+    assert loss_of(trainer, wider, 100) == pytest.approx(plain, rel=1e-6)
+    left = {name: torch.full_like(given[name], value) for name, value in values.items()}
+    positions = torch.zeros_like(given["input_ids"])
+    for row, length in enumerate(given["attention_mask"].sum(1).tolist()):
+        for name, one in left.items():
+            one[row, -length:] = given[name][row, :length]
+        positions[row, -length:] = torch.arange(length)
+    assert loss_of(trainer, {**left, "position_ids": positions}, 100) == pytest.approx(plain, rel=1e-5)
+
+
+def test_packed_rows_are_told_apart_for_the_teacher_too(build: Any, tiny_model_path: str) -> None:
+    teacher = model(tiny_model_path, 1)
+    trainer = build(teacher, match_hidden_states=True)
+    given = batch(trainer)
+    lengths = given["attention_mask"].sum(1).tolist()
+    flat = {
+        name: torch.cat([row[:length] for row, length in zip(given[name], lengths, strict=True)])[None]
+        for name in ("input_ids", "labels")
+    }
+    flat["position_ids"] = torch.cat([torch.arange(length) for length in lengths])[None]
+    assert loss_of(trainer, flat, 100) == pytest.approx(loss_of(trainer, given, 100), rel=1e-5)
+
+
+def test_eight_rows_at_once_are_two_times_four_accumulated(build: Any, tiny_model_path: str) -> None:
+    found = []
+    for size, accumulate in ((8, 1), (4, 2), (1, 8)):
+        trainer = build(
+            model(tiny_model_path, 1, hidden_size=32, head_dim=8), match_hidden_states=True, max_steps=2,
+            per_device_train_batch_size=size, gradient_accumulation_steps=accumulate, learning_rate=1e-2,
+        )  # fmt: skip
+        trainer.train()
+        found.append((losses(trainer), dict(trainer.projections.named_parameters())))
+    for other, projections in found[1:]:
+        assert other == pytest.approx(found[0][0], rel=1e-5)
+        for name, projection in projections.items():
+            torch.testing.assert_close(projection, found[0][1][name], rtol=1e-4, atol=1e-5)
+
+
+def test_a_wider_teacher_s_projections_are_trained_and_never_saved_with_the_student(
+    build: Any, tiny_model_path: str, tmp_path: Path
+) -> None:
+    teacher = model(tiny_model_path, 1, hidden_size=96, head_dim=24, num_hidden_layers=4)
+    before = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}
+    trainer = build(teacher, match_hidden_states=True, save_strategy="steps", save_steps=2, max_steps=3)
+    assert trainer.layer_pairs == [(1, 0), (3, 1)]
+    started = {name: tensor.clone() for name, tensor in trainer.projections.state_dict().items()}
+    assert {name: tuple(tensor.shape) for name, tensor in started.items()} == {
+        "1-0.weight": (96, 64),
+        "3-1.weight": (96, 64),
+    }
+    for tensor in started.values():
+        torch.testing.assert_close(tensor.T @ tensor, torch.eye(64), rtol=0, atol=1e-5)
+    trainer.train()
+    for name, tensor in trainer.projections.state_dict().items():
+        assert not torch.equal(tensor, started[name])
+    for name, tensor in teacher.state_dict().items():
+        assert torch.equal(tensor, before[name])
+    checkpoint = tmp_path / "out/checkpoint-2"
+    assert set(load_file(checkpoint / PROJECTIONS)) == set(started)
+    trainer.save_model(str(tmp_path / "student"))
+    for folder in (tmp_path / "student", checkpoint):
+        _, about = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+        assert not about["unexpected_keys"] and not about["missing_keys"] and not about["mismatched_keys"]
+        stored = set(load_file(folder / "model.safetensors"))
+        assert stored == set(load_file(Path(tiny_model_path) / "model.safetensors"))
+
+
+def test_a_resumed_training_ends_with_the_same_bits_projections_included(
+    build: Any, tiny_model_path: str, tmp_path: Path
+) -> None:
+    teacher = model(tiny_model_path, 1, hidden_size=32, head_dim=8)
+    saving = {"save_strategy": "steps", "save_steps": 2, "max_steps": 5}
+    whole = build(teacher, match_hidden_states=True, **saving)
+    whole.train()
+    again = build(teacher, match_hidden_states=True, **saving)
+    again.train(resume_from_checkpoint=str(tmp_path / "out/checkpoint-2"))
+    for one, other in ((whole.model, again.model), (whole.projections, again.projections)):
+        for (name, first), (_, second) in zip(one.named_parameters(), other.named_parameters(), strict=True):
+            assert torch.equal(first, second), name
+    (tmp_path / "out/checkpoint-2" / PROJECTIONS).unlink()
+    with pytest.raises(StageError, match=r"projections.safetensors is missing"):
+        again.train(resume_from_checkpoint=str(tmp_path / "out/checkpoint-2"))
+
+
+def test_hidden_states_of_the_student_move_to_the_teacher_s(build: Any, tiny_model_path: str) -> None:
+    trainer = build(
+        model(tiny_model_path, 1, num_hidden_layers=4), alpha=1.0, match_hidden_states=True, max_steps=30,
+        hidden_weight=10.0, learning_rate=3e-3,
+    )  # fmt: skip
+    trainer.train()
+    hidden = logged(trainer, "hidden_loss")
+    assert hidden[-1] < 0.6 * hidden[0]
+    with_soft_alone = build(model(tiny_model_path, 1, num_hidden_layers=4), alpha=1.0, hidden_weight=0.0,
+                            match_hidden_states=True, max_steps=30, learning_rate=3e-3)  # fmt: skip
+    with_soft_alone.train()
+    assert hidden[-1] < 0.8 * logged(with_soft_alone, "hidden_loss")[-1]
+
+
+def test_vocabularies_padded_to_different_sizes_are_cut_to_the_tokenizer_s(build: Any, tiny_model_path: str) -> None:
+    teacher = model(tiny_model_path, 1)
+    plain = build(teacher, alpha=1.0)
+    found = loss_of(plain, batch(plain), 100)
+    teacher.resize_token_embeddings(1024)
+    student = model(tiny_model_path)
+    student.resize_token_embeddings(992)
+    padded = build(teacher, student, alpha=1.0)
+    assert padded._vocabulary == 960
+    assert loss_of(padded, batch(padded), 100) == pytest.approx(found, rel=1e-6)
+    small = model(tiny_model_path, 1)
+    small.resize_token_embeddings(900)
+    with pytest.raises(ConfigError, match="the teacher's head has 900 rows, its tokenizer 960 tokens"):
+        build(small)
+
+
+def test_the_whole_matrix_of_logits_never_exists(
+    build: Any, tiny_model_path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = build(model(tiny_model_path, 1), chunk_tokens=8)
+    given = batch(trainer)
+    predicting = int((given["labels"][:, 1:] != -100).sum())
+    sizes: list[int] = []
+    original = distillation_head.Head.logits
+
+    def logits(self: Any, hidden: torch.Tensor) -> torch.Tensor:
+        found = original(self, hidden)
+        sizes.append(len(found))
+        return found
+
+    monkeypatch.setattr(distillation_head.Head, "logits", logits)
+    loss = trainer.compute_loss(trainer.model, given)
+    chunks = math.ceil(predicting / 8)
+    assert chunks > 3
+    assert len(sizes) == 2 * chunks  # the student's and the teacher's
+    assert max(sizes) == 8 and sum(sizes) == 2 * predicting  # labels only, prompts and padding not
+    kept: list[int] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.numel()) or tensor, lambda t: t):
+        trainer.compute_loss(trainer.model, batch(trainer))
+    assert max(kept) < predicting * 960
+    loss.backward()
+    assert len(sizes) == 6 * chunks  # once more in the backward pass, and for the second loss
+
+
+def test_a_batch_without_any_label_costs_nothing(build: Any, tiny_model_path: str) -> None:
+    trainer = build(model(tiny_model_path, 1), match_hidden_states=True)
+    given = batch(trainer)
+    given["labels"].fill_(-100)
+    loss = trainer.compute_loss(trainer.model, given)
+    loss.backward()
+    assert float(loss) == 0.0
+    assert all(float(parameter.grad.abs().max()) == 0 for parameter in trainer.model.parameters())
+
+
+@pytest.mark.parametrize("changes", [{"bf16": True}, {"activation_checkpointing": True}], ids=str)
+def test_mixed_precision_and_checkpointing_give_the_same_loss(
+    changes: dict[str, Any], build: Any, tiny_model_path: str
+) -> None:
+    teacher = model(tiny_model_path, 1, hidden_size=32, head_dim=8)
+    plain, other = build(teacher, match_hidden_states=True), build(teacher, match_hidden_states=True, **changes)
+    for one in (plain, other):
+        one.train()
+    assert losses(other) == pytest.approx(losses(plain), rel=2e-2 if "bf16" in changes else 1e-5)
+
+
+def test_a_student_with_an_adapter_learns_and_its_base_stays(build: Any, tiny_model_path: str) -> None:
+    teacher = model(tiny_model_path, 1, hidden_size=32, head_dim=8)
+    peft = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
+    trainer = build(teacher, peft=peft, match_hidden_states=True, alpha=1.0, max_steps=15, learning_rate=1e-2)
+    trainer.train()
+    assert losses(trainer)[-1] < 0.8 * losses(trainer)[0]
+    base, trained = model(tiny_model_path).state_dict(), base_of(trainer.model).state_dict()
+    assert torch.equal(trained["model.layers.0.self_attn.q_proj.base_layer.weight"],
+                       base["model.layers.0.self_attn.q_proj.weight"])  # fmt: skip
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_the_teacher_may_be_quantised(bits: Any, build: Any, tiny_model_path: str) -> None:
+    kwargs = {"quantization_config": bnb_config(bits, torch.float32), "dtype": torch.float32}
+    trainer = build(tiny_model_path, teacher_model_init_kwargs=kwargs, alpha=1.0, match_hidden_states=True)
+    kinds = {type(module).__name__ for module in trainer.teacher.modules()}
+    assert {8: "Linear8bitLt", 4: "Linear4bit"}[bits] in kinds
+    trainer.train()
+    # the student is the teacher before it was rounded: close, not the same; another model of its size is at 4
+    assert 0 < losses(trainer)[0] < {8: 0.1, 4: 1.0}[bits]
+
+
+def test_an_architecture_that_makes_its_logits_otherwise_is_refused(build: Any, tiny_model_path: str) -> None:
+    teacher = model(tiny_model_path, 1)
+    plain = teacher.forward
+
+    def doubled(*args: Any, **kwargs: Any) -> Any:
+        out = plain(*args, **kwargs)
+        out.logits = 2 * out.logits
+        return out
+
+    teacher.forward = doubled
+    with pytest.raises(ConfigError, match="the teacher is a LlamaForCausalLM, whose logits are not its head's"):
+        build(teacher)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("gemma2", {"final_logit_softcapping": 0.05}),
+        ("granite", {"logits_scaling": 8.0}),
+        ("cohere", {"logit_scale": 0.25}),
+    ],
+)
+def test_logits_that_are_scaled_or_capped_are_made_as_the_architecture_does(
+    family: str, changes: dict[str, Any], tiny_model_path: str
+) -> None:
+    from transformers import CONFIG_MAPPING
+
+    sizes = {"vocab_size": 960, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+             "num_key_value_heads": 2, "intermediate_size": 64, "head_dim": 16, "pad_token_id": 3}  # fmt: skip
+    torch.manual_seed(0)
+    made = AutoModelForCausalLM.from_config(CONFIG_MAPPING[family](**sizes, **changes)).eval()
+    distillation_head.check_head(made, "teacher")
+    bare = distillation_head.head_of(made)
+    unscaled = distillation_head.Head(bare.weight, bare.bias, 1.0, None)
+    hidden = made.base_model(torch.arange(4)[None]).last_hidden_state[0]
+    assert not torch.allclose(bare.logits(hidden), unscaled.logits(hidden), rtol=1e-2)
+
+
+def test_another_tokenizer_is_refused_with_the_modes_that_work(
+    build: Any, tiny_model_path: str, rows: Dataset, tmp_path: Path
+) -> None:
+    other = tokenizer(tiny_model_path)
+    other.add_tokens(["<more>"])
+    with pytest.raises(ConfigError, match=r"another tokenizer: 961 tokens beside the student's 960, and '<more>' is"):
+        DistillationTrainer(
+            tiny_model_path, config(tmp_path), teacher_model=model(tiny_model_path, 1), train_dataset=rows,
+            processing_class=tokenizer(tiny_model_path), teacher_processing_class=other,
+        )  # fmt: skip
+    nameless = model(tiny_model_path, 1)
+    nameless.config._name_or_path = nameless.name_or_path = ""
+    with pytest.raises(ConfigError, match="teacher_processing_class: missing"):
+        build(nameless)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"alpha": 1.5}, "alpha: 1.5 is no share"),
+        ({"temperature": 0.0}, "temperature: 0.0 must be above 0 and at most 100"),
+        ({"temperature": 101.0}, "temperature: 101.0"),
+        ({"divergence": "kl"}, "divergence: 'kl' is none of"),
+        ({"mixture": 0.3}, "mixture: 0.3 must be between 0 and 1, for jsd or skewed_kl"),
+        ({"hidden_loss": "l2"}, "hidden_loss: 'l2' is none of"),
+        ({"chunk_tokens": 0}, "chunk_tokens: 0"),
+        ({"match_hidden_states": True, "layer_map": {"9": 0}}, "layer_map: 9: 0 names block 9 of the teacher"),
+    ],
+)
+def test_an_argument_that_cannot_be_is_told(
+    changes: dict[str, Any], words: str, build: Any, tiny_model_path: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        build(model(tiny_model_path, 1), **changes)
+    assert words in str(caught.value)
+
+
+def test_the_student_is_not_its_own_teacher(build: Any, tiny_model_path: str) -> None:
+    student = model(tiny_model_path)
+    with pytest.raises(ConfigError, match="is the student itself"):
+        build(student, student)
+
+
+def test_a_cache_of_the_whole_distribution_is_the_teacher_to_the_bit(
+    build: Any, tiny_model_path: str, tmp_path: Path
+) -> None:
+    """Rows in their order, so that the cache is written in the batches that are trained on."""
+    given = {"alpha": 0.8, "temperature": 3.0, "train_sampling_strategy": "sequential", "max_steps": 4}
+    online = build(model(tiny_model_path, 1), **given)
+    online.train()
+    cached = build(model(tiny_model_path, 1), teacher_cache=str(tmp_path / "cache"), cache_top_k=960, **given)
+    assert cached.teacher is None
+    cached.train()
+    assert losses(cached) == losses(online)
+    for (name, one), (_, other) in zip(cached.model.named_parameters(), online.model.named_parameters(), strict=True):
+        assert torch.equal(one, other), name
+    assert cached.evaluate()["eval_loss"] == pytest.approx(online.evaluate()["eval_loss"], rel=1e-6)
+
+
+def test_with_more_tokens_kept_the_divergence_rises_to_the_full_one(
+    build: Any, tiny_model_path: str, tmp_path: Path
+) -> None:
+    found = []
+    for k in (1, 8, 64, 959, 960):
+        trainer = build(model(tiny_model_path, 1), alpha=1.0, teacher_cache=str(tmp_path / "cache"), cache_top_k=k)
+        found.append(loss_of(trainer, batch(trainer), 100))
+    assert found[0] > 0
+    assert found[:4] == sorted(found[:4])
+    assert found[3] == pytest.approx(found[4], rel=1e-5)
+    assert found[0] < 0.9 * found[4]
+
+
+def test_the_cache_is_written_once_and_shared_by_a_sweep(
+    build: Any, tiny_model_path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    original = DistillationTrainer._teacher_states
+    monkeypatch.setattr(
+        DistillationTrainer, "_teacher_states", lambda *given: asked.append(1) or original(*given)  # type: ignore[func-returns-value]
+    )  # fmt: skip
+    teacher = str(tmp_path / "teacher")
+    model(tiny_model_path, 1).save_pretrained(teacher)
+    tokenizer(tiny_model_path).save_pretrained(teacher)
+    cache = {"teacher_cache": str(tmp_path / "cache"), "cache_top_k": 16}
+    first = build(teacher, **cache, num_train_epochs=2, max_steps=-1)
+    assert len(asked) == 4  # 16 rows, four at a time; the evaluation's rows are the same, and so is their cache
+    first.train()
+    for changes in ({"alpha": 0.9}, {"learning_rate": 1e-4}, {"divergence": "reverse_kl"}, {"seed": 5}):
+        build(teacher, **cache, **changes).train()
+    assert len(asked) == 4
+    build(teacher, **cache, temperature=1.0)
+    assert len(asked) == 8  # softened otherwise
+    build(teacher, **{**cache, "cache_top_k": 17})
+    assert len(asked) == 12
+    model(tiny_model_path, 2).save_pretrained(teacher)
+    again = build(teacher, **cache)
+    assert len(asked) == 16  # another teacher under the same name
+    other = Dataset.from_list([{"text": "What is this?"}])
+    assert again.evaluate(other)["eval_loss"] > 0  # rows that were never kept: the teacher is loaded and asked
+    assert len(asked) == 17
+
+
+def test_a_cache_that_is_damaged_is_written_again(build: Any, tiny_model_path: str, tmp_path: Path) -> None:
+    cache = {"teacher_cache": str(tmp_path / "cache"), "cache_top_k": 4, "alpha": 1.0}
+    trainer = build(model(tiny_model_path, 1), **cache)
+    found = loss_of(trainer, batch(trainer), 100)
+    (folder,) = (tmp_path / "cache").iterdir()
+    file = folder / "00000.safetensors"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-4] + b"\x00\x00\x80\x40")
+    with pytest.warns(UserWarning, match="is damaged: a checksum is wrong; the teacher is asked again"):
+        again = build(model(tiny_model_path, 1), **cache)
+    assert loss_of(again, batch(again), 100) == found
+    assert file.read_bytes() == whole
+    (folder / "index.json").write_text("{")
+    with pytest.warns(UserWarning, match="cannot be read"):
+        build(model(tiny_model_path, 1), **cache)
+
+
+@pytest.mark.parametrize(("vocabulary", "most"), [(960, 388), (100_000, 452)])
+def test_a_token_takes_at_most_512_bytes_at_the_top_64(vocabulary: int, most: int, tmp_path: Path) -> None:
+    from stagekit.trainers.distillation_cache import top_k, write_cache
+
+    logps = soften(torch.randn(50, vocabulary, generator=torch.Generator().manual_seed(0)), 1.0)
+    kept = top_k(logps, 64)
+    rows = [kept.at(part, logps.device) for part in (slice(0, 20), slice(20, 50))]
+    cache = write_cache(tmp_path, {"a": 1}, rows, vocabulary)
+    (file,) = tmp_path.rglob("*.safetensors")
+    assert file.stat().st_size / 50 < most + 20  # and a header
+    for numbers, wanted in (([0], [*range(20)]), ([1, 0], [*range(20, 50), *range(20)])):
+        read = cache.read(numbers)
+        assert read.ids is not None and kept.ids is not None
+        assert torch.equal(read.ids, kept.ids[wanted])
+        assert torch.equal(read.logps, kept.logps[wanted])
+
+
+def test_many_files_are_one_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from stagekit.trainers import distillation_cache
+    from stagekit.trainers.distillation_cache import Targets, open_cache, write_cache
+
+    monkeypatch.setattr(distillation_cache, "SHARD_TOKENS", 10)
+    rows = [Targets(None, torch.full((length, 3), float(number))) for number, length in enumerate([4, 7, 0, 12, 3])]
+    write_cache(tmp_path, {"a": 1}, iter(rows), 3)
+    assert len(list(tmp_path.rglob("*.safetensors"))) == 3
+    found = open_cache(tmp_path, {"a": 1})
+    assert found is not None and found.rows == 5
+    assert found.read([4, 1, 2, 0, 3]).logps[:, 0].tolist() == [4.0] * 3 + [1.0] * 7 + [0.0] * 4 + [3.0] * 12
+    assert open_cache(tmp_path, {"a": 2}) is None
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_a_cache_serves_rows_that_are_packed_into_one(
+    packing: bool, build: Any, tiny_model_path: str, rows: Dataset, tmp_path: Path
+) -> None:
+    """Padding-free batches, and rows packed to one length: the cached teacher is the online one."""
+    given: dict[str, Any] = {
+        "padding_free": True,
+        "max_length": None,
+        "train_sampling_strategy": "sequential",
+        "max_steps": 3,
+    }
+    if packing:
+        given.update(packing=True, packing_strategy="bfd", max_length=64)
+    online = build(model(tiny_model_path, 1), **given)
+    online.train()
+    cached = build(model(tiny_model_path, 1), teacher_cache=str(tmp_path / "cache"), cache_top_k=960, **given)
+    cached.train()
+    assert losses(cached) == losses(online)
+
+
+def test_a_cache_has_no_hidden_states_and_needs_rows_with_numbers(
+    build: Any, tiny_model_path: str, rows: Dataset, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match="teacher_cache: keeps no hidden states"):
+        build(model(tiny_model_path, 1), teacher_cache=str(tmp_path), match_hidden_states=True)
+    with pytest.raises(ConfigError, match="teacher_cache: the train data is a IterableDataset"):
+        build(model(tiny_model_path, 1), teacher_cache=str(tmp_path), data=rows.to_iterable_dataset())
+
+
+@pytest.mark.parametrize(
+    ("depths", "kept"),
+    [((12, 6), [0, 2, 4, 7, 9, 11]), ((12, 3), [0, 6, 11]), ((12, 1), [0]), ((4, 4), [0, 1, 2, 3]), ((6, 2), [0, 5])],
+)
+def test_a_student_keeps_blocks_spread_over_the_teacher(depths: tuple[int, int], kept: list[int]) -> None:
+    """12 -> 6 is DistilBERT's table, 12 -> 3 and 6 -> 2 those of seq2seq-distillation's make_student.py."""
+    assert kept_blocks(*depths) == kept
+
+
+def test_a_student_of_all_blocks_is_the_teacher(tiny_model_path: str) -> None:
+    teacher = model(tiny_model_path, 1, num_hidden_layers=3)
+    ids = torch.arange(8)[None]
+    assert torch.equal(student_of(teacher, 3)(ids).logits, teacher(ids).logits)
+    half = student_of(teacher, 2)
+    assert half.config.num_hidden_layers == 2 and teacher.config.num_hidden_layers == 3
+    teacher.model.layers = torch.nn.ModuleList([teacher.model.layers[0], teacher.model.layers[2]])
+    assert torch.equal(half(ids).logits, teacher(ids).logits)
