@@ -1,0 +1,183 @@
+"""What scores completions: functions that are watched, and reward models asked in batches.
+
+A reward function is called as TRL calls it: with `prompts`, `completions`, `completion_ids`, every column of the data
+as a list, and `trainer_state`, `log_extra`, `log_metric`; it returns one number per completion, or None for one that
+it has nothing to say about.
+"""
+
+import inspect
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from stagekit.errors import ConfigError, StageError, StagekitError
+
+
+RewardFunction = Callable[..., Any]
+_SHOWN = 400
+
+
+class Watched:
+    """A reward function whose mistakes stop the run with the prompt and completion that they happened on.
+
+    TRL takes NaN for "no opinion" and trains on; here None is the only way to say that.
+
+    Args:
+        function: The reward function.
+        name: Under which its rewards are logged. None: the function's own.
+    """
+
+    def __init__(self, function: RewardFunction, name: str | None = None) -> None:
+        self.function = function
+        self.__name__ = name or getattr(function, "__name__", type(function).__name__)
+
+    def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float | None]:
+        """One reward per completion.
+
+        Raises:
+            StageError: the function raised, returned another number of rewards, or one that is no finite number.
+        """
+        try:
+            found = self.function(prompts=prompts, completions=completions, **columns)
+        except StagekitError:
+            raise
+        except Exception as error:
+            row = self._culprit(prompts, completions, columns)
+            message = f"raised {type(error).__name__}: {error}"
+            raise StageError(self._told(message, prompts, completions, row)) from error
+        return self._numbers(found, prompts, completions)
+
+    def _culprit(self, prompts: Sequence[Any], completions: Sequence[Any], columns: dict[str, Any]) -> int | None:
+        """The first row that the function raises on by itself; None where it raises on the batch alone."""
+        for row in range(len(prompts)):
+            one = {
+                key: value[row : row + 1] if isinstance(value, list) and len(value) == len(prompts) else value
+                for key, value in columns.items()
+            }
+            try:
+                self.function(prompts=prompts[row : row + 1], completions=completions[row : row + 1], **one)
+            except Exception:  # told by the caller, with the row that is returned
+                return row
+        return None
+
+    def _numbers(self, found: Any, prompts: Sequence[Any], completions: Sequence[Any]) -> list[float | None]:
+        try:
+            rewards = list(found)
+        except TypeError:
+            raise StageError(f"reward {self.__name__!r} returned {found!r}, not one number per completion") from None
+        if len(rewards) != len(prompts):
+            raise StageError(
+                f"reward {self.__name__!r} returned {len(rewards)} rewards for {len(prompts)} completions; it returns "
+                "one each, None where it has nothing to say"
+            )
+        numbers: list[float | None] = []
+        for row, reward in enumerate(rewards):
+            value = _number(reward)
+            if reward is not None and (value is None or not math.isfinite(value)):
+                raise StageError(self._told(f"gave {reward!r}, no finite number", prompts, completions, row))
+            numbers.append(value)
+        return numbers
+
+    def _told(self, what: str, prompts: Sequence[Any], completions: Sequence[Any], row: int | None) -> str:
+        if row is None:
+            return f"reward {self.__name__!r} {what}; on single completions it does not, so it is the whole batch"
+        return (
+            f"reward {self.__name__!r} {what}\n  prompt: {_shown(prompts[row])}\n  completion: "
+            f"{_shown(completions[row])}"
+        )
+
+
+class AsyncWatched(Watched):
+    """`Watched` for a coroutine function."""
+
+    async def __call__(  # type: ignore[override]
+        self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any
+    ) -> list[float | None]:
+        """As `Watched`; the row is not looked for, since asking again can cost money."""
+        try:
+            found = await self.function(prompts=prompts, completions=completions, **columns)
+        except StagekitError:
+            raise
+        except Exception as error:
+            message = f"raised {type(error).__name__}: {error}"
+            raise StageError(self._told(message, prompts, completions, None)) from error
+        return self._numbers(found, prompts, completions)
+
+
+class ModelReward:
+    """A reward model as a reward function: its own tokenizer, in batches by tokens, without gradients.
+
+    TRL would run it on a whole rollout at once, load it with the policy's arguments and, for an adapter, fail.
+
+    Args:
+        source: A folder or hub id that `load_reward_model` takes, or a model with one label.
+        tokenizer: Of a model that was handed over; None: the one of its folder.
+        name: Under which its rewards are logged.
+        batch_tokens: Padded size of a batch.
+    """
+
+    def __init__(
+        self, source: Any, *, tokenizer: Any = None, name: str | None = None, batch_tokens: int = 16384
+    ) -> None:
+        from accelerate import PartialState
+
+        from stagekit.reward_models import load_reward_model
+
+        if isinstance(source, str | Path):
+            self.model, self.tokenizer = load_reward_model(str(source), device_map={"": PartialState().device})
+            self.__name__ = name or Path(source).name
+        else:
+            self.model, self.tokenizer = source.eval().to(PartialState().device), tokenizer or _tokenizer_of(source)
+            self.__name__ = name or Path(source.config._name_or_path).name or type(source).__name__
+        self.batch_tokens = batch_tokens
+
+    def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float | None]:
+        """The score of each completion.
+
+        Raises:
+            StageError: one does not fit in the reward model's context.
+        """
+        from stagekit.reward_models import score
+
+        found = score(self.model, self.tokenizer, prompts, completions, batch_tokens=self.batch_tokens)
+        if None in found:
+            row = found.index(None)
+            raise StageError(
+                f"reward {self.__name__!r}: a completion does not fit in the reward model's context; sample fewer "
+                f"tokens\n  prompt: {_shown(prompts[row])}\n  completion: {_shown(completions[row])}"
+            )
+        return found
+
+
+def as_reward(source: Any, tokenizer: Any = None) -> Watched:
+    """A function, a reward model, or the name of one, as a watched reward function."""
+    if isinstance(source, Watched):
+        return source
+    if isinstance(source, str | Path) or (hasattr(source, "config") and hasattr(source, "parameters")):
+        return Watched(ModelReward(source, tokenizer=tokenizer))
+    if not callable(source):
+        raise ConfigError(f"reward: {source!r} is no function, no reward model and no name of one")
+    asynchronous = inspect.iscoroutinefunction(source) or inspect.iscoroutinefunction(source.__call__)
+    return AsyncWatched(source) if asynchronous else Watched(source)
+
+
+def _tokenizer_of(model: Any) -> Any:
+    from stagekit.models import load_tokenizer
+
+    return load_tokenizer(model.config._name_or_path)
+
+
+def _number(reward: Any) -> float | None:
+    """A reward as a float; None for what is no number."""
+    if isinstance(reward, str) or reward is None:
+        return None
+    try:
+        return float(reward)
+    except (TypeError, ValueError):
+        return None
+
+
+def _shown(text: Any) -> str:
+    shown = text if isinstance(text, str) else " / ".join(f"{turn['role']}: {turn['content']}" for turn in text)
+    return shown if len(shown) <= _SHOWN else f"{shown[:_SHOWN]}... ({len(shown)} characters)"
