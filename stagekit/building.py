@@ -249,7 +249,8 @@ def _what_is_tracked(job: Job) -> Any:
     known = {"loss", "perplexity", "accuracy"}
     listed = "metrics_to_track" in stage.model_fields_set
     names = frozenset(stage.metrics_to_track)
-    return Tracked(keys, names if listed else names & known & set(keys.values()), all_own=not listed)
+    usual = (names & known | {"reward_score"}) & set(keys.values())
+    return Tracked(keys, names if listed else usual, all_own=not listed)
 
 
 def _hooks(job: Job, tracked: Any, stop: Any, events: Any) -> Any:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from stagekit.arguments import RESERVED
 from stagekit.errors import Problem
-from stagekit.groups import Data
+from stagekit.groups import Data, RewardSource, is_function
 from stagekit.options import nearest
 from stagekit.sources import parse_data, parse_model, problems_of_data, problems_of_model
 from stagekit.trl_fields import fields_of
@@ -81,6 +81,17 @@ def models_of(stage: "TrainingStage") -> Iterator[tuple[str, Any]]:
         value = getattr(stage.method, option, None)
         if value is not None:
             yield f"{stage.path}.method.{option}", value
+    for option, reward in rewards_of(stage):
+        if not is_function(reward.source):
+            yield f"{stage.path}.{option}", reward.source
+
+
+def rewards_of(stage: "TrainingStage") -> Iterator[tuple[str, RewardSource]]:
+    """Path inside the stage and value of every reward that the stage names."""
+    rewards = getattr(stage.method, "reward", None)
+    several = isinstance(rewards, tuple) and len(rewards) > 1
+    for number, reward in enumerate(rewards if isinstance(rewards, tuple) else ()):
+        yield f"method.reward.{number}" if several else "method.reward", reward
 
 
 def data_of(stage: "TrainingStage") -> Iterator[tuple[str, Any]]:
@@ -107,7 +118,12 @@ def _references(
             name = value.removeprefix("stage:")
             found = list(_earlier(path, name, seen, pipeline))
             yield from found
-            if not found and not gives_policy(seen[name]) and not _goes_on(stage, path, seen[name]):
+            if path.startswith(f"{stage.path}.method.reward"):
+                if not found and (seen[name].method.artifact != "reward_model" or not trains(seen[name])):
+                    yield Problem(
+                        path, f"stage {name!r} leaves no reward model; name a reward or process_reward stage"
+                    )
+            elif not found and not gives_policy(seen[name]) and not _goes_on(stage, path, seen[name]):
                 yield Problem(path, f"stage {name!r} leaves no model ({_why_no_policy(seen[name])})")
     for path, value in data_of(stage):
         source = as_data(value).source
@@ -215,6 +231,9 @@ def functions_of(stage: "TrainingStage") -> Iterator[tuple[str, Any]]:
             yield f"callbacks.{event}", getattr(stage.callbacks, event)
     if getattr(stage.method, "function", None) is not None:
         yield "method.function", getattr(stage.method, "function")  # noqa: B009 (only custom has it)
+    for option, reward in rewards_of(stage):
+        if is_function(reward.source):
+            yield option, reward.source
     if stage.generation is not None and stage.generation.backend != "transformers":
         yield "generation.backend", stage.generation.backend
 

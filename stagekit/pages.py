@@ -21,6 +21,14 @@ _EXAMPLES: dict[str, str] = {
 }
 """A line that a type's example has beside those of all."""
 
+_METHODS: dict[str, str] = {
+    "custom": "{type: custom, function: my_package.my_module:my_function}",
+    "ppo": "{type: ppo, reward: stage:my-reward}",
+    "grpo": "{type: grpo, reward: my_package.my_module:my_reward}",
+    "rloo": "{type: rloo, reward: stage:my-reward}",
+}
+"""The method of a type's example, where the type needs more than its name."""
+
 
 def pages() -> dict[str, str]:
     """File name -> text, for every built stage type and the index."""
@@ -35,9 +43,7 @@ def example(kind: str) -> str:
     """A stage of the type as it stands in a pipeline file."""
     cls = METHODS[kind]
     lines = [f"name: my-{kind.replace('_', '-')}"]
-    lines.append(
-        "method: {type: custom, function: my_package.my_module:my_function}" if kind == "custom" else f"method: {kind}"
-    )
+    lines.append(f"method: {_METHODS.get(kind, kind)}")
     if cls.needs_data:
         columns = " or ".join(" + ".join(one) for one in cls.columns[:2])
         lines.append(f"training_data: rows.jsonl   # columns {columns}")

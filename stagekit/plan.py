@@ -116,8 +116,7 @@ def _steps(stage: "TrainingStage", rows: Mapping[str, Any]) -> int | None:
         return stage.max_steps
     if rows["trained"] is None:
         return None
-    batches = math.ceil(int(rows["trained"]) / stage.batch_size)
-    return int(math.ceil(batches / stage.gradient_accumulation_steps) * stage.epochs)
+    return stage.method.steps(stage, int(rows["trained"]))
 
 
 def _shapes(model: str | None) -> dict[str, tuple[int, ...]]:

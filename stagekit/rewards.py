@@ -5,6 +5,7 @@ as a list, and `trainer_state`, `log_extra`, `log_metric`; it returns one number
 it has nothing to say about.
 """
 
+import functools
 import inspect
 import math
 from collections.abc import Callable, Sequence
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from stagekit.errors import ConfigError, StageError, StagekitError
+from stagekit.groups import RewardSource, is_function
 
 
 RewardFunction = Callable[..., Any]
@@ -148,6 +150,81 @@ class ModelReward:
                 f"tokens\n  prompt: {_shown(prompts[row])}\n  completion: {_shown(completions[row])}"
             )
         return found
+
+
+class ProcessReward:
+    """A process reward model as a reward function: the probability of the completion's weakest step.
+
+    Args:
+        source: A folder or hub id that `load_process_reward_model` takes.
+        name: Under which its rewards are logged.
+
+    Source: huggingface.co/papers/2305.20050, section 2.6, which multiplies the steps instead of taking the least.
+    """
+
+    def __init__(self, source: str | Path, *, name: str | None = None) -> None:
+        from accelerate import PartialState
+
+        from stagekit.reward_models import load_process_reward_model
+
+        device = {"": PartialState().device}
+        self.model, self.tokenizer = load_process_reward_model(str(source), device_map=device)
+        self.separator = getattr(self.model.config, "step_separator", "\n")
+        self.__name__ = name or Path(source).name
+
+    def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float]:
+        """The probability of the weakest step of each completion; 0 for one without a step."""
+        from stagekit.trainers.process_reward import score_steps
+
+        found = []
+        for prompt, completion in zip(prompts, completions, strict=True):
+            steps = [step for step in text_of(completion).split(self.separator) if step.strip()]
+            found.append(min(score_steps(self.model, self.tokenizer, prompt, steps), default=0.0) if steps else 0.0)
+        return found
+
+
+def text_of(completion: Any) -> str:
+    """A completion as text: itself, or what the assistant's turns say."""
+    return completion if isinstance(completion, str) else "".join(str(turn["content"]) for turn in completion)
+
+
+def reward_of(declared: RewardSource, place: Any) -> Watched:
+    """A declared reward as a watched function.
+
+    Args:
+        declared: Its name and options.
+        place: The function, or the folder of the reward model, or the live model.
+    """
+    if is_function(place):
+        watched = as_reward(functools.partial(place, **declared.options) if declared.options else place)
+        watched.__name__ = declared.name or getattr(place, "__name__", type(place).__name__)
+        return watched
+    stage = str(declared.source).removeprefix("stage:")
+    name = declared.name or (stage if stage != str(declared.source) else None)
+    process = isinstance(place, str) and _gives(place, "ForTokenClassification", "TOKEN_CLS")
+    return Watched(ProcessReward(place, name=name) if process else ModelReward(place, name=name))
+
+
+def reads_the_same_tokens(place: Any, tokenizer: Any) -> bool:
+    """Whether a reward model has the policy's vocabulary, so that a value model can start from it."""
+    from stagekit.models import load_tokenizer
+
+    if not isinstance(place, str) or _gives(place, "ForTokenClassification", "TOKEN_CLS"):
+        return False
+    return bool(load_tokenizer(place).get_vocab() == tokenizer.get_vocab())
+
+
+def _gives(place: str, suffix: str, task: str) -> bool:
+    """Whether a folder or hub id is a model of a kind, by its config or its adapter's."""
+    from stagekit.rows import json_object
+
+    adapter = Path(place, "adapter_config.json")
+    if adapter.is_file():
+        return json_object(adapter).get("task_type") == task
+    from transformers import AutoConfig
+
+    names = AutoConfig.from_pretrained(place, trust_remote_code=False).architectures or []
+    return any(name.endswith(suffix) for name in names)
 
 
 def as_reward(source: Any, tokenizer: Any = None) -> Watched:

@@ -13,8 +13,15 @@ _FILES = {
     "DPOConfig": ("trl", "trainer/dpo_config.py"),
     "KTOConfig": ("trl", "trainer/kto_config.py"),
     "RewardConfig": ("trl", "trainer/reward_config.py"),
+    "GRPOConfig": ("trl", "trainer/grpo_config.py"),
+    "RLOOConfig": ("trl", "trainer/rloo_config.py"),
+    "PPOConfig": ("stagekit", "trainers/ppo_config.py"),
     "ProcessRewardConfig": ("stagekit", "trainers/process_reward.py"),
 }
+
+
+_EXTENDS = {"PPOConfig": "GRPOConfig"}
+"""Configs of ours that extend one of TRL's."""
 
 
 @cache
@@ -25,7 +32,8 @@ def fields_of(config_class: str) -> frozenset[str]:
         ModuleNotFoundError: trl or transformers is not installed.
     """
     name = config_class.partition(":")[2]
-    return frozenset().union(*(_own_fields(cls) for cls in (name, "_BaseConfig", "TrainingArguments")))
+    classes = [name, *([_EXTENDS[name]] if name in _EXTENDS else []), "_BaseConfig", "TrainingArguments"]
+    return frozenset().union(*(_own_fields(cls) for cls in classes))
 
 
 def _own_fields(cls: str) -> frozenset[str]:

@@ -11,15 +11,15 @@ from stagekit.adapters.constitutional import Constitutional
 from stagekit.adapters.custom import Custom
 from stagekit.adapters.dpo import DPO
 from stagekit.adapters.evaluation import Evaluation
+from stagekit.adapters.grpo import GRPO
 from stagekit.adapters.kto import KTO
+from stagekit.adapters.ppo import PPO
 from stagekit.adapters.process_reward import ProcessReward
 from stagekit.adapters.reference_free import CPO, ORPO, SimPO
 from stagekit.adapters.reward import Reward
+from stagekit.adapters.rloo import RLOO
 from stagekit.adapters.sft import SFT
 from stagekit.adapters.unbuilt import (
-    GRPO,
-    PPO,
-    RLOO,
     Distillation,
     RejectionSampling,
     SelfPlay,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
@@ -83,6 +84,11 @@ class Method(Tagged):
     def notes(self, stage: TrainingStage) -> Iterable[str]:
         """Decisions that `plan` should tell the user."""
         return ()
+
+    def steps(self, stage: TrainingStage, rows: int) -> int:
+        """Optimiser steps of all epochs over so many rows, at most and on one process."""
+        batches = math.ceil(rows / stage.batch_size)
+        return math.ceil(batches / stage.gradient_accumulation_steps) * stage.epochs
 
     def step0_loss(self, stage: TrainingStage) -> float | None:
         """The loss that policy == reference must give before the first step; None where that is not so."""

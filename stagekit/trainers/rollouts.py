@@ -12,6 +12,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
+from trl import GRPOTrainer, RLOOTrainer
 from trl.trainer.callbacks import SyncRefModelCallback
 
 from stagekit.errors import ConfigError, StageError
@@ -173,3 +174,23 @@ def _batches(tensors: Mapping[str, torch.Tensor]) -> list[dict[str, torch.Tensor
         number, _, name = key.partition(".")
         found.setdefault(int(number), {})[name] = value
     return [found[number] for number in sorted(found)]
+
+
+class ExactGRPOTrainer(Rollouts, GRPOTrainer):  # type: ignore[misc]
+    """TRL's `GRPOTrainer` with what `Rollouts` adds.
+
+    Args:
+        chunk_size: See `Rollouts`.
+        order_seed: See `Rollouts`.
+        arguments: Everything else that `GRPOTrainer` takes.
+    """
+
+
+class ExactRLOOTrainer(Rollouts, RLOOTrainer):  # type: ignore[misc]
+    """TRL's `RLOOTrainer` with what `Rollouts` adds.
+
+    Args:
+        chunk_size: See `Rollouts`.
+        order_seed: See `Rollouts`.
+        arguments: Everything else that `RLOOTrainer` takes.
+    """

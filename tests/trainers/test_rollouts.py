@@ -10,16 +10,8 @@ from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
 from stagekit.errors import ConfigError, StageError
-from stagekit.trainers.rollouts import Rollouts, count_positions_from_the_first_token
+from stagekit.trainers.rollouts import ExactGRPOTrainer, ExactRLOOTrainer, count_positions_from_the_first_token
 from tests.trainers.rl import arguments, bits, equal, letters, load, log_of, perturbed, ppo, prompts
-
-
-class ExactGRPO(Rollouts, GRPOTrainer):  # type: ignore[misc]
-    pass
-
-
-class ExactRLOO(Rollouts, RLOOTrainer):  # type: ignore[misc]
-    pass
 
 
 GROUPS = {"num_generations": 2, "num_iterations": 2, "beta": 0.02}
@@ -42,11 +34,11 @@ def head_of(folder: Path, path: str, **options: Any) -> Any:
 
 
 def grpo_of(folder: Path, path: str, **options: Any) -> Any:
-    return trl(ExactGRPO, GRPOConfig, folder, path, path, **options)
+    return trl(ExactGRPOTrainer, GRPOConfig, folder, path, path, **options)
 
 
 def rloo_of(folder: Path, path: str, **options: Any) -> Any:
-    return trl(ExactRLOO, RLOOConfig, folder, path, path, **options)
+    return trl(ExactRLOOTrainer, RLOOConfig, folder, path, path, **options)
 
 
 MAKERS: dict[str, Callable[..., Any]] = {"ppo": ppo_of, "ppo head": head_of, "grpo": grpo_of, "rloo": rloo_of}
@@ -90,7 +82,7 @@ def test_without_more_arguments_training_is_trls(kind: str, tiny_model_path: str
     assert log_of(ours, "loss") == log_of(bare, "loss")
 
 
-@pytest.mark.parametrize(("kind", "config"), [(ExactGRPO, GRPOConfig), (ExactRLOO, RLOOConfig)])
+@pytest.mark.parametrize(("kind", "config"), [(ExactGRPOTrainer, GRPOConfig), (ExactRLOOTrainer, RLOOConfig)])
 def test_the_reference_is_the_policy_that_was_given(
     kind: Any, config: Any, tiny_model_path: str, tmp_path: Path
 ) -> None:
