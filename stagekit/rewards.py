@@ -8,7 +8,7 @@ it has nothing to say about.
 import functools
 import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -196,13 +196,43 @@ def reward_of(declared: RewardSource, place: Any) -> Watched:
         place: The function, or the folder of the reward model, or the live model.
     """
     if is_function(place):
-        watched = as_reward(functools.partial(place, **declared.options) if declared.options else place)
-        watched.__name__ = declared.name or getattr(place, "__name__", type(place).__name__)
+        watched = as_reward(with_options(place, declared.options) if declared.options else place)
+        watched.__name__ = declared.name or watched.__name__
         return watched
     stage = str(declared.source).removeprefix("stage:")
     name = declared.name or (stage if stage != str(declared.source) else None)
     process = isinstance(place, str) and _gives(place, "ForTokenClassification", "TOKEN_CLS")
     return Watched(ProcessReward(place, name=name) if process else ModelReward(place, name=name))
+
+
+def with_options(function: RewardFunction, options: Mapping[str, Any]) -> RewardFunction:
+    """The function with some of its arguments given; a column of the data of the same name does not replace them.
+
+    Raises:
+        ConfigError: the function has no such argument.
+    """
+    strange = unknown_options(function, options)
+    name = getattr(function, "__name__", type(function).__name__)
+    if strange:
+        raise ConfigError(f"reward {name!r}: options.{strange[0]}: the function has no such argument")
+    if inspect.iscoroutinefunction(function):
+
+        @functools.wraps(function)
+        async def later(**given: Any) -> Any:
+            return await function(**{**given, **options})
+
+        return later
+
+    @functools.wraps(function)
+    def call(**given: Any) -> Any:
+        return function(**{**given, **options})
+
+    return call
+
+
+def unknown_options(function: RewardFunction, options: Mapping[str, Any]) -> list[str]:
+    """Options that are no arguments of the function by name: it would take them for columns, and not look at them."""
+    return sorted(set(options) - set(inspect.signature(function).parameters))
 
 
 def reads_the_same_tokens(place: Any, tokenizer: Any) -> bool:

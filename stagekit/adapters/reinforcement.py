@@ -108,8 +108,7 @@ class Reinforcement(Method):
             yield Problem("method.reward", "missing; say what scores completions: stage:NAME, a model or a function")
         for number, reward in enumerate(self.reward or ()):
             path = f"method.reward.{number}" if len(self.reward) > 1 else "method.reward"
-            if reward.options and not is_function(reward.source):
-                yield Problem(f"{path}.options", "are arguments of a function; a reward model has none")
+            yield from _options_problems(reward, path)
         for key, owner in _OWNED.items():
             if key in stage.trl:
                 yield Problem(f"trl.{key}", f"belongs to {owner}")
@@ -224,6 +223,20 @@ class Reinforcement(Method):
         args = trainer.args
         updates = trainer.num_iterations * args.steps_per_generation / args.gradient_accumulation_steps
         job.show.line(f"  a rollout is {args.generation_batch_size} completions, used for {updates:g} steps")
+
+
+def _options_problems(reward: RewardSource, path: str) -> Iterable[Problem]:
+    if reward.options and not is_function(reward.source):
+        yield Problem(f"{path}.options", "are arguments of a function; a reward model has none")
+    kit = "stagekit.verifiers:"
+    if isinstance(reward.source, str) and reward.source.startswith(kit):
+        from stagekit import verifiers
+        from stagekit.rewards import unknown_options
+
+        verifier = reward.source.removeprefix(kit)
+        function = getattr(verifiers, verifier, None)
+        for name in unknown_options(function, reward.options) if function is not None else ():
+            yield Problem(f"{path}.options.{name}", f"{verifier} has no such option")
 
 
 def _drops_out(stage: TrainingStage) -> bool:

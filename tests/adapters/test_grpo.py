@@ -119,6 +119,24 @@ def test_every_loss_trains(loss: str, data: dict[str, str], tiny_model_path: str
     assert result["grpo"].steps == 2
 
 
+def test_verifiers_read_the_columns_of_the_data(write_rows: Write, tiny_model_path: str, tmp_path: Path) -> None:
+    rows = [
+        {"prompt": [{"role": "user", "content": f"{n} + 1 ="}], "solution": str(n + 1), "pattern": "unread"}
+        for n in range(8)
+    ]
+    rewards = [
+        {"source": "numeric", "options": {"column": "solution"}},
+        {"source": "regex", "options": {"pattern": "e"}, "weight": 0.5},
+    ]
+    own = stage("rlvr", str(write_rows(rows, "sums.jsonl")), GRPO(reward=rewards), generation=SHORT, max_steps=4)
+    run(tiny_model_path, tmp_path / "run", own)
+    logged = [line for line in lines(tmp_path / "run/01-rlvr") if "reward" in line]
+    assert any(line["rewards/regex/mean"] > 0 for line in logged)
+    for line in logged:
+        expected = line["rewards/numeric/mean"] + 0.5 * line["rewards/regex/mean"]
+        assert line["reward"] == pytest.approx(expected, abs=1e-6)
+
+
 def test_spec_defaults_reach_the_trainer_only_where_they_are_set(
     data: dict[str, str], tiny_model_path: str, tmp_path: Path
 ) -> None:
