@@ -26,6 +26,7 @@ _METHODS: dict[str, str] = {
     "ppo": "{type: ppo, reward: stage:my-reward}",
     "grpo": "{type: grpo, reward: my_package.my_module:my_reward}",
     "rloo": "{type: rloo, reward: stage:my-reward}",
+    "online_dpo": "{type: online_dpo, reward: stage:my-reward}",
 }
 """The method of a type's example, where the type needs more than its name."""
 

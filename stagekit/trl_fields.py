@@ -16,11 +16,12 @@ _FILES = {
     "GRPOConfig": ("trl", "trainer/grpo_config.py"),
     "RLOOConfig": ("trl", "trainer/rloo_config.py"),
     "PPOConfig": ("stagekit", "trainers/ppo_config.py"),
+    "OnlineDPOConfig": ("stagekit", "trainers/online_dpo.py"),
     "ProcessRewardConfig": ("stagekit", "trainers/process_reward.py"),
 }
 
 
-_EXTENDS = {"PPOConfig": "GRPOConfig"}
+_EXTENDS = {"PPOConfig": "GRPOConfig", "OnlineDPOConfig": "GRPOConfig"}
 """Configs of ours that extend one of TRL's."""
 
 

@@ -22,7 +22,7 @@ OF_TYPE: Mapping[str, Mapping[str, Any]] = {
     },
     **{
         kind: {"method": {"type": kind, "reward": "pkg.mod:f"}, "training_data": "rows.jsonl"}
-        for kind in ("ppo", "grpo", "rloo")
+        for kind in ("ppo", "grpo", "rloo", "online_dpo")
     },
     "constitutional": {"method": "constitutional", "training_data": "rows.jsonl"},
     "evaluation": {"method": "evaluation", "validation_data": "rows.jsonl"},

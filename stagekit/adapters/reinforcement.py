@@ -25,7 +25,6 @@ _SAMPLING = {
     "top_k": "top_k",
 }
 _OWNED = {
-    "beta": "method.kl_penalty_coefficient",
     "epsilon": "method.clip_range",
     "num_iterations": "method.epochs_per_batch",
     "generation_batch_size": "method.rollout_samples",
@@ -39,19 +38,13 @@ _OWNED = {
 """Arguments that stagekit must know, and the option that says each."""
 
 
-class Reinforcement(Method):
+class Scored(Method):
     """A stage whose model samples, is scored, and learns from the scores."""
 
     reward: Rewards = None
     """What scores completions: `stage:NAME` (a reward or process_reward stage), a reward model, a function
     `package.module:function` as TRL calls it, a verifier (`exact`, `numeric`, `regex`, `json_schema`, `format`), or a
     list of them, each `{source: ..., weight: ..., options: {...}}`."""
-
-    kl_penalty_coefficient: NonNegativeFloat = 0.01
-    """Weight of the divergence from the reference. TRL: `beta`."""
-
-    clip_range: PositiveFloat = 0.2
-    """How far one rollout may move the probability ratio from 1. TRL: `epsilon`."""
 
     epochs_per_batch: Positive = 4
     """Passes over the completions of one rollout. TRL: `num_iterations`."""
@@ -63,12 +56,13 @@ class Reinforcement(Method):
     slots: ClassVar = frozenset({"model", "lora", "reference", "generation", "trl"})
     columns: ClassVar = (("prompt",),)
     metric_keys: ClassVar = {"loss": "eval_loss", "reward_score": "eval_reward", "custom": ""}
+    tie: ClassVar[str] = "kl_penalty_coefficient"
+    """The option that is TRL's `beta`."""
     always: ClassVar[frozenset[str]] = frozenset()
     """Options whose default reaches the trainer too; the others do when they are set."""
 
     def settings(self, stage: TrainingStage) -> Iterable[Setting]:
-        """The objective, the rollout, sampling, the reference, the order of prompts."""
-        yield setting(stage, "clip_range", "epsilon", self.clip_range)
+        """The rollout, sampling, the reference, the order of prompts."""
         if self._counts("epochs_per_batch"):
             yield setting(stage, "epochs_per_batch", "num_iterations", self.epochs_per_batch)
         if "rollout_samples" in self.model_fields_set:
@@ -92,10 +86,6 @@ class Reinforcement(Method):
 
     def _reference_settings(self, stage: TrainingStage) -> Iterable[Setting]:
         reference = reference_of(stage)
-        if reference.mode == "none":
-            yield Setting("beta", 0.0, f"{stage.path}.reference.mode")
-        elif self._counts("kl_penalty_coefficient"):
-            yield setting(stage, "kl_penalty_coefficient", "beta", self.kl_penalty_coefficient)
         if reference.update_every is not None and stage.lora is None:
             source = f"{stage.path}.reference.update_every"
             yield Setting("sync_ref_model", True, source)
@@ -109,7 +99,7 @@ class Reinforcement(Method):
         for number, reward in enumerate(self.reward or ()):
             path = f"method.reward.{number}" if len(self.reward) > 1 else "method.reward"
             yield from _options_problems(reward, path)
-        for key, owner in _OWNED.items():
+        for key, owner in {**_OWNED, "beta": f"method.{self.tie}"}.items():
             if key in stage.trl:
                 yield Problem(f"trl.{key}", f"belongs to {owner}")
         yield from self._sampling_problems(stage)
@@ -134,9 +124,7 @@ class Reinforcement(Method):
 
     def _reference_problems(self, stage: TrainingStage) -> Iterable[Problem]:
         reference = reference_of(stage)
-        mode, coefficient = reference.mode, "kl_penalty_coefficient"
-        if mode == "none" and coefficient in self.model_fields_set and self.kl_penalty_coefficient > 0:
-            yield Problem(f"method.{coefficient}", "has no effect with reference.mode: none")
+        mode = reference.mode
         if mode == "precompute":
             yield Problem("reference.mode", "'precompute' cannot be: what is scored is sampled anew; use auto")
         if mode == "copy" and stage.lora is not None:
@@ -146,14 +134,14 @@ class Reinforcement(Method):
             )
         if mode in {"base", "adapter"} and stage.lora is None:
             yield Problem("reference.mode", f"{mode!r} needs lora; without it use auto or copy")
-        if mode != "none" and mode != "auto" and not self._ties():
-            yield Problem("reference.mode", f"has no effect without method.{coefficient} above 0")
+        if mode not in {"none", "auto"} and not self._ties():
+            yield Problem("reference.mode", "has no effect without method.kl_penalty_coefficient above 0")
         if reference.update_every is not None and (mode in {"none", "base"} or not self._ties()):
-            yield Problem("reference.update_every", f"has no effect without a reference: {coefficient} is not above 0")
+            yield Problem("reference.update_every", "has no effect without a reference that can follow")
 
     def _ties(self) -> bool:
-        """Whether there is a divergence from a reference to measure."""
-        return self._counts("kl_penalty_coefficient") and self.kl_penalty_coefficient > 0
+        """Whether the policy is tied to a reference."""
+        return True
 
     def notes(self, stage: TrainingStage) -> Iterable[str]:
         """What is decided here: the reference in full fine-tuning, dropout."""
@@ -250,6 +238,35 @@ def _why_dropout(stage: TrainingStage) -> str:
         if _drops_out(stage)
         else "stagekit (the policy that learns is the one that sampled)"
     )
+
+
+class Reinforcement(Scored):
+    """A stage that moves its model by the ratio of probabilities, clipped, and pays for a divergence."""
+
+    kl_penalty_coefficient: NonNegativeFloat = 0.01
+    """Weight of the divergence from the reference. TRL: `beta`."""
+
+    clip_range: PositiveFloat = 0.2
+    """How far one rollout may move the probability ratio from 1. TRL: `epsilon`."""
+
+    def settings(self, stage: TrainingStage) -> Iterable[Setting]:
+        """The clip range and the divergence, and what every such stage has."""
+        yield setting(stage, "clip_range", "epsilon", self.clip_range)
+        if reference_of(stage).mode == "none":
+            yield Setting("beta", 0.0, f"{stage.path}.reference.mode")
+        elif self._counts("kl_penalty_coefficient"):
+            yield setting(stage, "kl_penalty_coefficient", "beta", self.kl_penalty_coefficient)
+        yield from super().settings(stage)
+
+    def problems(self, stage: TrainingStage) -> Iterable[Problem]:
+        """A penalty without a reference."""
+        yield from super().problems(stage)
+        given = "kl_penalty_coefficient" in self.model_fields_set and self.kl_penalty_coefficient > 0
+        if reference_of(stage).mode == "none" and given:
+            yield Problem("method.kl_penalty_coefficient", "has no effect with reference.mode: none")
+
+    def _ties(self) -> bool:
+        return self._counts("kl_penalty_coefficient") and self.kl_penalty_coefficient > 0
 
 
 class Grouped(Reinforcement):
