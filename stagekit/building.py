@@ -260,8 +260,8 @@ def _what_is_tracked(job: Job) -> Any:
     listed = "metrics_to_track" in stage.model_fields_set
     names = frozenset(stage.metrics_to_track)
     gated = texts & {stage.gate.metric.removeprefix("eval_")} if stage.gate is not None else frozenset()
-    names = names | gated if listed else (names & known & set(keys.values())) | texts
-    return Tracked(keys, names, all_own=not listed)
+    usual = (names & known | {"reward_score"}) & set(keys.values()) | texts
+    return Tracked(keys, names | gated if listed else usual, all_own=not listed)
 
 
 def _hooks(job: Job, tracked: Any, stop: Any, events: Any) -> Any:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from stagekit.arguments import RESERVED, ignored_in_trl
 from stagekit.errors import Problem
-from stagekit.groups import Data, names_function
+from stagekit.groups import Data, RewardSource, is_function
 from stagekit.measures import problems_of_libraries, text_metrics_of
 from stagekit.options import nearest
 from stagekit.sources import parse_data, parse_model, problems_of_data, problems_of_model
@@ -83,12 +83,23 @@ def models_of(stage: "TrainingStage") -> Iterator[tuple[str, Any]]:
         if value is not None:
             yield f"{stage.path}.method.{option}", value
     scorer = stage.text_metrics.reward_model if stage.text_metrics is not None else None
-    if scorer is not None and not names_function(scorer):
+    if scorer is not None and not is_function(scorer):
         yield _scorer_path(stage), scorer
+    for option, reward in rewards_of(stage):
+        if not is_function(reward.source):
+            yield f"{stage.path}.{option}", reward.source
 
 
 def _scorer_path(stage: "TrainingStage") -> str:
     return f"{stage.path}.text_metrics.reward_model"
+
+
+def rewards_of(stage: "TrainingStage") -> Iterator[tuple[str, RewardSource]]:
+    """Path inside the stage and value of every reward that the stage names."""
+    rewards = getattr(stage.method, "reward", None)
+    several = isinstance(rewards, tuple) and len(rewards) > 1
+    for number, reward in enumerate(rewards if isinstance(rewards, tuple) else ()):
+        yield f"method.reward.{number}" if several else "method.reward", reward
 
 
 def data_of(stage: "TrainingStage") -> Iterator[tuple[str, Any]]:
@@ -117,6 +128,11 @@ def _references(
             yield from found
             if not found and path == _scorer_path(stage):
                 yield from _scores(path, seen[name])
+            elif path.startswith(f"{stage.path}.method.reward"):
+                if not found and (seen[name].method.artifact != "reward_model" or not trains(seen[name])):
+                    yield Problem(
+                        path, f"stage {name!r} leaves no reward model; name a reward or process_reward stage"
+                    )
             elif not found and not gives_policy(seen[name]) and not _goes_on(stage, path, seen[name]):
                 yield Problem(path, f"stage {name!r} leaves no model ({_why_no_policy(seen[name])})")
     for path, value in data_of(stage):
@@ -244,8 +260,11 @@ def functions_of(stage: "TrainingStage") -> Iterator[tuple[str, Any]]:
         yield "method.function", getattr(stage.method, "function")  # noqa: B009 (only custom has it)
     for option in ("reward_model", "judge"):
         value = getattr(stage.text_metrics, option, None)
-        if value is not None and names_function(value):
+        if value is not None and is_function(value):
             yield f"text_metrics.{option}", value
+    for option, reward in rewards_of(stage):
+        if is_function(reward.source):
+            yield option, reward.source
     if stage.generation is not None and stage.generation.backend != "transformers":
         yield "generation.backend", stage.generation.backend
 

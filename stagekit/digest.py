@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stagekit.checks import as_data, data_of, functions_of, gives_policy, models_of, module_file
+from stagekit.checks import as_data, data_of, functions_of, gives_policy, models_of, module_file, rewards_of
 from stagekit.distributed import splits
 from stagekit.options import function_name
 from stagekit.sources import fingerprint_of_path, parse_data, parse_model
@@ -65,6 +65,9 @@ def _declared(stage: "TrainingStage") -> dict[str, Any]:
     plain = stage.model_dump(mode="python", exclude={*silent, "training_data", "validation_data", "model"})
     for option in ("critique_model", "teacher"):
         plain["method"].pop(option, None)
+    rewards = [reward for _, reward in rewards_of(stage)]
+    if rewards:
+        plain["method"]["reward"] = [{"weight": one.weight, "options": dict(one.options)} for one in rewards]
     return plain
 
 

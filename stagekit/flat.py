@@ -377,6 +377,10 @@ def _unsayable(stage: "TrainingStage") -> list[Problem]:
         for name in ("model", "generation", "text_metrics", "gate")
         if getattr(stage, name) is not None
     ]
+    said = _said_method(stage)
+    chosen, _, _ = select({name: said[name] for name in TABLES if name in said})
+    if chosen is not None and chosen["type"] != stage.method.type:
+        found.append(Problem(f"{stage.path}.method.type", f"{stage.method.type!r} {no_name}"))
     if stage.reference is not None and stage.reference.mode not in {"auto", "copy", "none"}:
         found.append(Problem(f"{stage.path}.reference.mode", f"{stage.reference.mode!r} {no_name}"))
     sayable = {home.path.removeprefix("method.") for home in _METHOD.values() if stage.method.type in home.types}

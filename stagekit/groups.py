@@ -47,10 +47,10 @@ Model = Annotated[Any, BeforeValidator(_model), WithJsonSchema({"type": ["string
 """How a model is named."""
 
 
-def names_function(value: Any) -> bool:
+def is_function(value: Any) -> bool:
     """Whether a value that may be a model or a function is a function, live or by its `package.module:function`."""
     if not isinstance(value, str):
-        return callable(value)
+        return callable(value) and not hasattr(value, "config")
     module, colon, name = value.partition(":")
     parts = [*module.split("."), *name.split(".")]
     return bool(colon) and module not in {"stage", "package"} and all(part.isidentifier() for part in parts)
@@ -58,7 +58,7 @@ def names_function(value: Any) -> bool:
 
 def _scorer(value: Any) -> Any:
     if value is None or isinstance(value, str | Path):
-        return value if names_function(value) else _model(value)
+        return value if is_function(value) else _model(value)
     if hasattr(value, "config") or not callable(value):
         raise wrong(f"is stage:NAME, a folder, a hub id or a function, not {shown(value)}; save a live model first")
     return value
@@ -309,3 +309,65 @@ class Generation(Options):
 
     backend: Backend = "transformers"
     """`transformers`, or a function `messages -> text` that answers instead of the model (scripted, for tests)."""
+
+
+VERIFIERS = ("exact", "numeric", "regex", "json_schema", "format")
+"""Rewards of `stagekit.verifiers` that can be named alone."""
+
+
+def _reward_source(value: Any) -> Any:
+    if isinstance(value, str) and value in VERIFIERS:
+        return f"stagekit.verifiers:{value}"
+    if is_function(value):
+        return check_function(value)
+    if value is None:
+        raise wrong("says no reward: name a function, a reward model or stage:NAME")
+    return _model(value)
+
+
+class RewardSource(Options):
+    """One of several rewards, or one that takes options."""
+
+    source: Annotated[Any, BeforeValidator(_reward_source), WithJsonSchema({"type": "string"})]
+    """`stage:NAME` (a reward or process_reward stage), a reward model's folder or hub id, a function as
+    `package.module:function`, a verifier's name (exact, numeric, regex, json_schema, format), or a live one."""
+
+    weight: float = 1.0
+    """Rewards are multiplied by their weights and summed."""
+
+    name: str | None = None
+    """The name in the log, `rewards/NAME/mean`. None = the stage's, folder's or function's."""
+
+    options: Mapping[str, Any] = {}
+    """Arguments of a function beside those that every reward function gets."""
+
+    def __init__(self, source: Any = None, /, **given: Any) -> None:
+        super().__init__(**({"source": source} if source is not None else {}), **given)
+
+
+def _rewards(value: Any) -> Any:
+    """One reward in any spelling, or a list of them, as a tuple; None stays."""
+    if value is None:
+        return None
+    given = list(value) if isinstance(value, list | tuple) else [value]
+    found, problems = [], []
+    for number, one in enumerate(given):
+        place = str(number) if isinstance(value, list | tuple) else ""
+        try:
+            plain = one if isinstance(one, Mapping | RewardSource) else {"source": one}
+            found.append(RewardSource.model_validate(plain if isinstance(plain, RewardSource) else dict(plain)))
+        except ValidationError as error:
+            told = problems_of(error, RewardSource, plain)
+            alone = not isinstance(one, Mapping)
+            problems += [
+                Problem(".".join(part for part in (place, "" if alone else item.path) if part), item.message)
+                for item in told
+            ]
+    if not given:
+        problems.append(Problem("", "an empty list rewards nothing"))
+    raise_problems(RewardSource, problems)
+    return tuple(found)
+
+
+Rewards = Annotated[Any, BeforeValidator(_rewards), WithJsonSchema({"type": ["string", "object", "array", "null"]})]
+"""One reward, or several with weights."""

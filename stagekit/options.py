@@ -230,9 +230,13 @@ def _walk(loc: Location, cls: type[BaseModel], given: Any) -> tuple[str, type[Ba
     for step in loc:
         if isinstance(step, int):
             item = value[step] if isinstance(value, list | tuple) and step < len(value) else None
-            name = item.get("name") if isinstance(item, Mapping) else getattr(item, "name", None)
+            name = _name_of(item)
             parts.append(str(name) if isinstance(name, str) and name else str(step))
             value = item
+            continue
+        if isinstance(value, list | tuple) and any(_name_of(item) == step for item in value):
+            parts.append(step)
+            value = next(item for item in value if _name_of(item) == step)
             continue
         known = step in owner.model_fields or (isinstance(value, Mapping) and step in value)
         if not known and (step in members or step in UNION_TAGS):
@@ -249,6 +253,10 @@ def _walk(loc: Location, cls: type[BaseModel], given: Any) -> tuple[str, type[Ba
 
 UNION_TAGS = frozenset({"text", "names", "pair"})
 """Tags of unions whose members are no option classes."""
+
+
+def _name_of(item: Any) -> Any:
+    return item.get("name") if isinstance(item, Mapping) else getattr(item, "name", None)
 
 
 def _type_of(value: Any) -> Any:

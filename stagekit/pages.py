@@ -15,17 +15,21 @@ from stagekit.catalog import catalog
 
 FOLDER = Path("docs/stages")
 
-_METHODS: dict[str, str] = {
-    "custom": "{type: custom, function: my_package.my_module:my_function}",
-    "distillation": "{type: distillation, teacher: my/teacher}",
-}
-"""Types that cannot do without an option of their own."""
-
 _EXAMPLES: dict[str, str] = {
     "constitutional": "generation: {max_new_tokens: 256}",
     "evaluation": "validation_data: rows.jsonl",
 }
 """A line that a type's example has beside those of all."""
+
+_METHODS: dict[str, str] = {
+    "custom": "{type: custom, function: my_package.my_module:my_function}",
+    "distillation": "{type: distillation, teacher: my/teacher}",
+    "ppo": "{type: ppo, reward: stage:my-reward}",
+    "grpo": "{type: grpo, reward: my_package.my_module:my_reward}",
+    "rloo": "{type: rloo, reward: stage:my-reward}",
+    "online_dpo": "{type: online_dpo, reward: stage:my-reward}",
+}
+"""The method of a type's example, where the type needs more than its name."""
 
 
 def pages() -> dict[str, str]:

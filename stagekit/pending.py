@@ -5,16 +5,6 @@ from collections.abc import Mapping
 
 PENDING: Mapping[str, str] = {
     "sync_batch_norm": "batch normalisation over several GPUs; decoder language models have no layer of it",
-    "reward_model": "the methods that learn from rewards",
-    "kl_penalty_coefficient": "the methods that learn from rewards",
-    "ppo_clip_range": "the methods that learn from rewards",
-    "value_function_coefficient": "the PPO trainer",
-    "entropy_coefficient": "the methods that learn from rewards",
-    "gae_lambda": "the PPO trainer",
-    "ppo_epochs_per_batch": "the methods that learn from rewards",
-    "rollout_samples": "the methods that learn from rewards",
-    "grpo_group_size": "the GRPO adapter",
-    "grpo_use_relative_rewards": "the GRPO adapter",
     "self_play_iterations": "the self-play trainer",
     "self_play_temperature": "the self-play trainer",
     "self_play_responses_per_prompt": "the self-play trainer",

@@ -132,9 +132,7 @@ def _steps(stage: "TrainingStage", rows: Mapping[str, Any], processes: int) -> i
         return int(given["max_steps"])
     if rows["trained"] is None:
         return None
-    batches = math.ceil(math.ceil(int(rows["trained"]) / given["per_device_train_batch_size"]) / processes)
-    steps: float = math.ceil(batches / given["gradient_accumulation_steps"]) * given["num_train_epochs"]
-    return math.ceil(steps)
+    return stage.method.steps(given, int(rows["trained"]), processes)
 
 
 def _notes_on_rates(stage: "TrainingStage", steps: int | None) -> Iterator[str]:

@@ -144,6 +144,7 @@ TYPE_NAMES: Mapping[str, str] = {
     "ppo": "proximal_policy_optimization",
     "grpo": "group_relative_policy_optimization",
     "rloo": "reinforcement_learning",
+    "online_dpo": "reinforcement_learning",
     "constitutional": "constitutional",
     "rejection_sampling": "rejection_sampling",
     "self_play": "self_play",

@@ -16,7 +16,7 @@ import torch
 from stagekit.custom import resolve
 from stagekit.errors import StageError
 from stagekit.generation import TransformersGenerator
-from stagekit.groups import TextMetrics, names_function
+from stagekit.groups import TextMetrics, is_function
 from stagekit.job import Job
 from stagekit.measures import text_metrics_of
 from stagekit.metrics import Judge, bleu, rouge, token_f1, win_rate
@@ -268,7 +268,7 @@ def _scorer(job: Job, options: TextMetrics, asked: Sequence[Question]) -> Score 
     given = options.reward_model
     if given is None:
         return None
-    if names_function(given):
+    if is_function(given):
         return _by_function(resolve(given), function_name(given))
     from stagekit.models import local_model
     from stagekit.reward_models import load_reward_model

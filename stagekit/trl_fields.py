@@ -14,11 +14,19 @@ _FILES = {
     "KTOConfig": ("trl", "trainer/kto_config.py"),
     "RewardConfig": ("trl", "trainer/reward_config.py"),
     "DistillationConfig": ("trl", "trainer/distillation_config.py"),
+    "GRPOConfig": ("trl", "trainer/grpo_config.py"),
+    "RLOOConfig": ("trl", "trainer/rloo_config.py"),
+    "PPOConfig": ("stagekit", "trainers/ppo_config.py"),
+    "OnlineDPOConfig": ("stagekit", "trainers/online_dpo.py"),
     "ProcessRewardConfig": ("stagekit", "trainers/process_reward.py"),
     "stagekit.trainers.distillation:DistillationConfig": ("stagekit", "trainers/distillation.py"),
 }
-_EXTENDS = {"stagekit.trainers.distillation:DistillationConfig": "SFTConfig"}
-"""The config that one of ours extends, where it is not transformers' own."""
+_EXTENDS = {
+    "PPOConfig": "GRPOConfig",
+    "OnlineDPOConfig": "GRPOConfig",
+    "stagekit.trainers.distillation:DistillationConfig": "SFTConfig",
+}
+"""The config of TRL that one of ours extends, where it is not transformers' own."""
 
 
 @cache

@@ -44,7 +44,10 @@ ARGUMENTS = {
     "distributed_strategy": "ddp_find_unused_parameters", "dpo_beta": "beta",
     "distillation_alpha": "alpha", "distillation_layer_mapping": "layer_map",
     "distillation_temperature": "temperature",
-    "epochs": "num_train_epochs", "evaluation_steps": "eval_steps",
+    "entropy_coefficient": "entropy_coef", "gae_lambda": "gae_lambda", "grpo_group_size": "num_generations",
+    "grpo_use_relative_rewards": "scale_rewards", "kl_penalty_coefficient": "beta", "ppo_clip_range": "epsilon",
+    "ppo_epochs_per_batch": "num_iterations", "rollout_samples": "generation_batch_size",
+    "value_function_coefficient": "vf_coef", "epochs": "num_train_epochs", "evaluation_steps": "eval_steps",
     "gradient_accumulation_steps": "gradient_accumulation_steps", "is_evaluation_only": "learning_rate",
     "learning_rate": "learning_rate", "logging_steps": "logging_steps",
     "max_checkpoints_to_keep": "save_total_limit", "max_gradient_norm": "max_grad_norm", "max_steps": "max_steps",
@@ -93,6 +96,7 @@ EMITTED: Mapping[str, str] = {
     "metrics_to_track": "hook tracked",
     "name": "begun folder",
     "qlora_bits": "quantisation",
+    "reward_model": "trainer",
     "run_condition": "begun status",
     "save_checkpoint_after": "deleted",
     "tags": "hook tags",
@@ -118,6 +122,10 @@ OF_KIND: Mapping[tuple[str, str], str] = {
     ("tags", "custom"): "begun tags",
 }
 """(option, stage type) that comes out elsewhere than in other types."""
+
+SAMPLING = ("ppo", "grpo", "rloo", "online_dpo")
+"""Types that learn from rewards."""
+VOWELS = "tests.test_every_option:vowels"
 
 CALLED: list[str] = []
 
@@ -169,6 +177,10 @@ class Place:
             return {"method": {"type": "custom", "function": "tests.option_pairs:tell"}}
         if kind == "evaluation":
             return {"method": "evaluation", "validation_data": "validation"}
+        if kind == "online_dpo":
+            return {"method": {"type": kind, "reward": VOWELS}, "training_data": "rows"}
+        if kind in SAMPLING:
+            return {"method": kind, "reward_model": VOWELS, "training_data": "rows"}
         if kind == "distillation":
             return {"method": kind, "teacher_model": "other", "training_data": "rows"}
         writes = {"generation": {"max_new_tokens": 24}} if kind == "constitutional" else {}
@@ -188,7 +200,7 @@ class Place:
         return str(path)
 
     def data(self, kind: str, word: str) -> str:
-        if kind == "constitutional":
+        if kind == "constitutional" or kind in SAMPLING:
             return self.files["prompts" if word == "rows" else "validation"]
         name = {
             "process_reward": "steps",

@@ -307,7 +307,8 @@ VARIED: tuple[dict[str, Any], ...] = (
 def test_every_argument_is_one_field_of_the_installed_config(kind: str, given: dict[str, Any]) -> None:
     if kind == "evaluation" or (kind == "constitutional" and "is_evaluation_only" in given):
         kind, given = "evaluation", {"training_data": None, "validation_data": "v"}
-    own = {"teacher": "t"} if kind == "distillation" else {}
+    own: dict[str, Any] = {"teacher": "t"} if kind == "distillation" else {}
+    own |= {"reward": "pkg.mod:f"} if "reward" in METHODS[kind].model_fields else {}
     targets = [
         setting.target for setting in settings_of(stage(method={"type": kind, **own}, **{"model": "m", **given}))
     ]
@@ -317,7 +318,7 @@ def test_every_argument_is_one_field_of_the_installed_config(kind: str, given: d
     assert set(targets) <= fields_of(config)
 
 
-@pytest.mark.parametrize("name", ["SFTConfig", "DPOConfig"])
+@pytest.mark.parametrize("name", ["SFTConfig", "DPOConfig", "GRPOConfig", "RLOOConfig"])
 def test_the_fields_read_from_the_source_are_those_of_the_class(name: str) -> None:
     import dataclasses
 
@@ -325,3 +326,11 @@ def test_the_fields_read_from_the_source_are_those_of_the_class(name: str) -> No
 
     assert fields_of(f"trl:{name}") == {field.name for field in dataclasses.fields(getattr(trl, name))}
     assert set(RESERVED) - fields_of(f"trl:{name}") <= {"trust_remote_code", "local_rank", "resume_from_checkpoint"}
+
+
+def test_the_fields_of_ppo_are_those_of_its_class() -> None:
+    import dataclasses
+
+    from stagekit.trainers.ppo import PPOConfig
+
+    assert fields_of("stagekit.trainers.ppo:PPOConfig") == {field.name for field in dataclasses.fields(PPOConfig)}

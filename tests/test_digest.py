@@ -51,6 +51,7 @@ OTHER: dict[str, Any] = {
     "preference_loss_type": "ipo", "use_reference_model": True, "warmup_ratio": 0.3,
     "min_learning_rate": 1e-9, "adam_beta1": 0.8, "adam_beta2": 0.8, "lora_dropout": 0.2,
     "frozen_layers": ["layers.0"], "trainable_layers": ["lm_head"], "callbacks": {"on_stage_start": "json:loads"},
+    "reward_model": "json:dumps", "gae_lambda": 0.5, "rollout_samples": 64, "grpo_group_size": 2,
     "custom_loss_function": "json:loads", "contrastive_margin": 0.5, "preference_label_smoothing": 0.2,
     "distributed_strategy": "ddp",
     "distillation_alpha": 0.9, "distillation_layer_mapping": {1: 0}, "teacher_model": "other/teacher",
@@ -124,7 +125,10 @@ def test_the_digest_changes_with_every_option_that_changes_the_result(folder: Pa
              "critique_revision_rounds": "constitutional", "dpo_beta": "dpo", "preference_loss_type": "dpo",
              "contrastive_margin": "dpo",
              "update_reference_model": "dpo", "reference_model_update_interval": "dpo",
-             "share_reference_model": "dpo"}  # fmt: skip
+             "share_reference_model": "dpo", "reward_model": "ppo", "kl_penalty_coefficient": "ppo",
+             "ppo_clip_range": "ppo", "value_function_coefficient": "ppo", "entropy_coefficient": "ppo",
+             "gae_lambda": "ppo", "ppo_epochs_per_batch": "ppo", "rollout_samples": "ppo", "grpo_group_size": "grpo",
+             "grpo_use_relative_rewards": "grpo"}  # fmt: skip
     default = default_of(name)
     other = OTHER[name] if name in OTHER else not default if isinstance(default, bool) else default + 1
     beside: dict[str, Any] = dict(BESIDE.get(name, {}))
@@ -132,9 +136,13 @@ def test_the_digest_changes_with_every_option_that_changes_the_result(folder: Pa
         beside["fine_tuning_method"] = "dpo"
     elif name in kinds:
         beside["method"] = kinds[name]
+    if kinds.get(name) in {"ppo", "grpo"} and name != "reward_model":
+        beside["reward_model"] = "json:loads"
     before, after = dict(beside), {**beside, name: other}
     if name == "custom_metric_name":
         before[name] = "before"
+    if name == "reward_model":
+        before[name] = "json:loads"
     if name == "is_evaluation_only":
         del before["training_data"]
 

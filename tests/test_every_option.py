@@ -69,6 +69,15 @@ ELSEWHERE = {"initial_loss_scale", "use_dynamic_loss_scaling"}
 """Options of fp16, which needs a GPU: `tests/test_precision.py` reads them back, and sees them refused elsewhere."""
 
 
+def vowels(prompts: Any, completions: Any, **columns: Any) -> list[float]:
+    SPIES["scored"] += len(completions)
+    return [sum(letter in "aeiou" for letter in turns[0]["content"]) / 4 for turns in completions]
+
+
+def letters_e(prompts: Any, completions: Any, **columns: Any) -> list[float]:
+    return [turns[0]["content"].count("e") for turns in completions]
+
+
 def heard(step: int, loss: float) -> None:
     SPIES["heard"] += 1
 
@@ -148,6 +157,27 @@ CASES: dict[str, Case] = {
     ),
     "enabled": Case({"enabled": True}, {"enabled": False}, result("status")),
     "epochs": Case({"epochs": 1}, {"epochs": 2}, result("steps"), {"max_steps": 0}),
+    "entropy_coefficient": Case({"entropy_coefficient": 0.01}, {"entropy_coefficient": 0.1}, curve, kind="ppo"),
+    "gae_lambda": Case({"gae_lambda": 0.95}, {"gae_lambda": 0.5}, curve, kind="ppo"),
+    "grpo_group_size": Case({"grpo_group_size": 4}, {"grpo_group_size": 2}, curve, kind="grpo"),
+    "grpo_use_relative_rewards": Case(
+        {"grpo_use_relative_rewards": True}, {"grpo_use_relative_rewards": False}, weight, kind="grpo"
+    ),
+    "kl_penalty_coefficient": Case(
+        {"kl_penalty_coefficient": 0.01}, {"kl_penalty_coefficient": 0.5}, curve,
+        {"ppo_epochs_per_batch": 1, "max_steps": 4}, "ppo",
+    ),
+    "ppo_clip_range": Case({"ppo_clip_range": 0.2}, {"ppo_clip_range": 0.01}, curve, kind="ppo"),
+    "ppo_epochs_per_batch": Case(
+        {"ppo_epochs_per_batch": 1}, {"ppo_epochs_per_batch": 2}, curve, {"max_steps": 4}, "ppo"
+    ),
+    "reward_model": Case({"reward_model": vowels}, {"reward_model": letters_e}, curve, kind="ppo"),
+    "rollout_samples": Case(
+        {"rollout_samples": 8}, {"rollout_samples": 16}, lambda folder: SPIES["scored"], kind="ppo"
+    ),
+    "value_function_coefficient": Case(
+        {"value_function_coefficient": 0.5}, {"value_function_coefficient": 0.0}, curve, kind="ppo"
+    ),
     "evaluation_steps": Case(
         {"evaluation_steps": 1}, {"evaluation_steps": 2}, evaluated_steps, {"validation_data": "validation"}
     ),
@@ -303,7 +333,7 @@ def spies(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     import torch
     import transformers.modeling_utils
 
-    SPIES.update({"deterministic": 0, "checkpointing": 0, "models loaded": 0, "heard": 0})
+    SPIES.update({"deterministic": 0, "checkpointing": 0, "models loaded": 0, "heard": 0, "scored": 0})
 
     def counting(name: str, original: Callable[..., Any], counts: Callable[..., bool]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -340,6 +370,7 @@ class World:
             "validation": self._write("validation", sft[::-1][:6]),
             "pairs": self._write("pairs", pairs),
             "prompts": self._write("prompts", [{"prompt": row["prompt"]} for row in sft[:4]]),
+            "questions": self._write("questions", [{"prompt": row["prompt"]} for row in sft]),
         }
 
     def _write(self, name: str, rows: list[Any]) -> str:
@@ -355,6 +386,20 @@ class World:
                 "stage_type": "constitutional",
                 "training_data": "prompts",
                 "generation": {"max_new_tokens": 24},
+            },
+            "ppo": {
+                "stage_type": "proximal_policy_optimization",
+                "training_data": "questions",
+                "reward_model": vowels,
+                "rollout_samples": 8,
+                "generation": {"max_new_tokens": 6},
+            },
+            "grpo": {
+                "stage_type": "group_relative_policy_optimization",
+                "training_data": "questions",
+                "reward_model": vowels,
+                "rollout_samples": 8,
+                "generation": {"max_new_tokens": 6},
             },
             "custom": {"stage_type": "custom"},
             "distillation": {

@@ -119,7 +119,7 @@ def test_the_table_above_has_no_circle() -> None:
         waiting = {name: below for name, below in waiting.items() if name not in free}
 
 
-SHARED = {"adapters.references", "adapters.scoring"}
+SHARED = {"adapters.references", "adapters.reinforcement", "adapters.scoring"}
 """What several stage types have in common; no type of its own."""
 
 

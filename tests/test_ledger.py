@@ -20,6 +20,10 @@ OF_TYPE: Mapping[str, Mapping[str, Any]] = {
         kind: {"method": kind, "training_data": "rows.jsonl"}
         for kind in ("kto", "orpo", "cpo", "simpo", "reward", "process_reward")
     },
+    **{
+        kind: {"method": {"type": kind, "reward": "pkg.mod:f"}, "training_data": "rows.jsonl"}
+        for kind in ("ppo", "grpo", "rloo", "online_dpo")
+    },
     "constitutional": {"method": "constitutional", "training_data": "rows.jsonl"},
     "evaluation": {"method": "evaluation", "validation_data": "rows.jsonl"},
     "custom": {"method": {"type": "custom", "function": "pkg.mod:f"}},
@@ -148,6 +152,7 @@ def test_a_constitutional_stage_does_not_only_measure() -> None:
 
 NO_TRAINING = "an evaluation stage does not train; put it on the stage that does"
 OWN = "a custom stage does only what its function does; pass the value to the function through metadata"
+SAMPLES = "ppo, grpo, rloo, online_dpo, constitutional, distillation"
 NO_USE = "stage type {!r} has no use for it; it belongs to "
 AS_IT_IS = "an evaluation stage measures every row of validation_data as it is"
 STILL = "is_evaluation_only: true does not train"
@@ -182,10 +187,10 @@ STILL = "is_evaluation_only: true does not train"
         ("custom", {"use_mixed_precision": True}, "use_mixed_precision", OWN),
         ("custom", {"trl": {"max_length": 5}}, "trl", OWN),
         ("custom", {"metrics_to_track": ["loss"]}, "metrics_to_track", OWN),
-        ("sft", {"reference": {"mode": "copy"}}, "reference", NO_USE + "dpo, kto"),
-        ("sft", {"generation": {}}, "generation", NO_USE + "constitutional, distillation"),
-        ("dpo", {"generation": {"temperature": 0}}, "generation", NO_USE + "constitutional, distillation"),
-        ("constitutional", {"reference": {}}, "reference", NO_USE + "dpo, kto"),
+        ("sft", {"reference": {"mode": "copy"}}, "reference", NO_USE + "dpo, kto, ppo, grpo, rloo, online_dpo"),
+        ("sft", {"generation": {}}, "generation", NO_USE + SAMPLES),
+        ("dpo", {"generation": {"temperature": 0}}, "generation", NO_USE + SAMPLES),
+        ("constitutional", {"reference": {}}, "reference", NO_USE + "dpo, kto, ppo, grpo, rloo, online_dpo"),
         *(
             (kind, {"is_evaluation_only": True, "validation_data": "v", "training_data": None, option: value},
              option, STILL)
@@ -334,8 +339,8 @@ def test_the_ledger_has_one_entry_for_every_option_of_the_stage_and_its_method(k
     for entry in entries:
         assert entry.disposition in {"applied", "not applicable", "not built"}
         assert (entry.reason == "") == (entry.disposition == "applied")
-    needed = {"custom": {"method.function"}, "distillation": {"method.teacher"}}
-    of_method = {"method.type", *needed.get(kind, ())}
+    method = OF_TYPE[kind].get("method", {})
+    of_method = {"method.type", *(f"method.{key}" for key in method if not isinstance(method, str))}
     assert {entry.option for entry in entries if entry.set} == {"name", *OF_TYPE[kind], *of_method}
 
 

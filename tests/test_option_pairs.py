@@ -20,6 +20,8 @@ from tests.every_option import Case, curve
 from tests.option_pairs import (
     EMITTED,
     OF_KIND,
+    SAMPLING,
+    VOWELS,
     Place,
     die,
     emission,
@@ -35,6 +37,8 @@ SELECTORS = ("stage_type", "fine_tuning_method", "preference_loss_type")
 FP16 = {"use_mixed_precision": True, "mixed_precision_dtype": "fp16"}
 OWN_METRIC = {**VALIDATED, "custom_evaluation_function": constant_metric}
 
+PAIRED = {"grpo_group_size": 2}
+TIED = {"kl_penalty_coefficient": 0.1}
 MEASURED = {"model": "other", **VALIDATED}
 DRAWN = {"training_data": "rows", "max_training_samples": 4}
 
@@ -57,6 +61,10 @@ BESIDE: Mapping[tuple[str, str], Mapping[str, Any]] = {
     ("custom_training_function", "custom"): {"method": "custom"},
     ("is_evaluation_only", "reward"): MEASURED,
     ("is_evaluation_only", "process_reward"): MEASURED,
+    ("batch_size", "grpo"): PAIRED,
+    ("batch_size", "rloo"): {"method": {"type": "rloo", "group_size": 2}},
+    ("update_reference_model", "grpo"): TIED,
+    ("reference_model_update_interval", "grpo"): {"update_reference_model": True, **TIED},
     ("data_preprocessor", "custom"): {"training_data": "rows"},
     ("max_training_samples", "custom"): {"training_data": "rows"},
     ("shuffle_data", "custom"): DRAWN,
@@ -125,9 +133,12 @@ def way_out(name: str, kind: str) -> tuple[str, ...]:
         return ("put it on the stage that does", "validation_data", "without training")
     return {
         "custom_loss_function": ("sft and constitutional",),
-        "distributed_strategy": ("put an sft stage on",),
+        "distributed_strategy": ("put an sft stage on", "run under torchrun"),
+        "share_reference_model": ("leave it out", "dpo, kto"),
         "is_evaluation_only": ("use method: evaluation",),
-        "use_reference_model": ("use simpo or orpo",) if kind == "kto" else ("dpo, kto",),
+        "use_reference_model": ("use simpo or orpo", "leave it out")
+        if kind in {"kto", "online_dpo"}
+        else ("dpo, kto",),
     }.get(name, ("dpo, kto",))
 
 
@@ -169,18 +180,23 @@ NAMES: Mapping[str, Mapping[str, str]] = {
         "sft": "supervised_fine_tuning", "dpo": "preference_optimization", "kto": "preference_optimization",
         "orpo": "odds_ratio_preference", "cpo": "contrastive_preference", "simpo": "contrastive_preference",
         "reward": "reward_model_training", "process_reward": "process_reward_model_training",
+        "ppo": "proximal_policy_optimization", "grpo": "group_relative_policy_optimization",
+        "rloo": "reinforcement_learning", "online_dpo": "reinforcement_learning",
         "constitutional": "constitutional", "distillation": "knowledge_distillation", "evaluation": "evaluation",
         "custom": "custom",
     },
     "fine_tuning_method": {
         "sft": "sft", "dpo": "ipo", "kto": "kto", "orpo": "orpo", "cpo": "cpo", "simpo": "simpo",
+        "ppo": "ppo", "grpo": "grpo", "rloo": "reinforce",
         "constitutional": "constitutional_ai", "distillation": "knowledge_distillation",
     },
     "preference_loss_type": {"dpo": "hinge", "kto": "kto", "orpo": "odds_ratio", "simpo": "simple"},
 }  # fmt: skip
 """Selector -> stage type -> a value that names it, or one of its losses."""
-BY_ITSELF = {"kto": "dpo", "simpo": "cpo"}
+BY_ITSELF = {"kto": "dpo", "simpo": "cpo", "rloo": "ppo", "online_dpo": "ppo"}
 """What `stage_type` alone selects, where another selector has to say which."""
+ALSO = {"online_dpo": ("ppo", "grpo", "rloo")}
+"""Types that the same `stage_type` may be, of which another selector says which."""
 
 SELECTED = [(name, kind) for name in SELECTORS for kind in BUILT]
 
@@ -191,6 +207,7 @@ def selected(place: Place, kind: str, **selectors: str) -> tuple[str, Any]:
     own = {
         "custom": {"custom_training_function": "tests.option_pairs:tell"},
         "distillation": {"teacher_model": place.model},
+        **{name: {"reward_model": VOWELS} for name in SAMPLING},
     }.get(kind, {})
     least = {key: place.files["rows"] for key in least if key.endswith("_data")}
     stage = TrainingStage(name="s", **least, **own, **selectors)
@@ -204,7 +221,9 @@ def test_a_selector_selects_the_types_that_carry_it_and_contradicts_the_others(
     assert set(NAMES[name]) == set(CARRIERS[name])
     if kind not in CARRIERS[name]:
         for other, value in NAMES[name].items():
-            if BY_ITSELF.get(other) == kind:  # one stage_type of two types, of which the value is the other
+            if BY_ITSELF.get(other) == kind or other in ALSO.get(
+                kind, ()
+            ):  # one stage_type of two types, of which the value is the other
                 assert selected(place, kind, stage_type=NAMES["stage_type"][kind], **{name: value})[0] == other
                 continue
             with pytest.raises(ConfigError, match=f"{name}: the selectors contradict each other"):

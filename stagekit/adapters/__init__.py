@@ -12,15 +12,16 @@ from stagekit.adapters.custom import Custom
 from stagekit.adapters.distillation import Distillation
 from stagekit.adapters.dpo import DPO
 from stagekit.adapters.evaluation import Evaluation
+from stagekit.adapters.grpo import GRPO
 from stagekit.adapters.kto import KTO
+from stagekit.adapters.online_dpo import OnlineDPO
+from stagekit.adapters.ppo import PPO
 from stagekit.adapters.process_reward import ProcessReward
 from stagekit.adapters.reference_free import CPO, ORPO, SimPO
 from stagekit.adapters.reward import Reward
+from stagekit.adapters.rloo import RLOO
 from stagekit.adapters.sft import SFT
 from stagekit.adapters.unbuilt import (
-    GRPO,
-    PPO,
-    RLOO,
     RejectionSampling,
     SelfPlay,
 )
@@ -28,11 +29,12 @@ from stagekit.options import nearest, shown
 
 
 AnyMethod = (
-    SFT | DPO | KTO | ORPO | CPO | SimPO | Reward | ProcessReward | PPO | GRPO | RLOO | Constitutional
+    SFT | DPO | KTO | ORPO | CPO | SimPO | Reward | ProcessReward | PPO | GRPO | RLOO | OnlineDPO
+    | Constitutional
     | RejectionSampling | SelfPlay | Distillation | Evaluation | Custom
 )  # fmt: skip
 
-PLANNED = ("online_dpo", "ai_feedback", "self_rewarding", "synthetic_data", "merge")
+PLANNED = ("ai_feedback", "self_rewarding", "synthetic_data", "merge")
 """Stage types that have a name and nothing else yet."""
 
 METHODS: dict[str, type[Method]] = {cls.model_fields["type"].default: cls for cls in AnyMethod.__args__}

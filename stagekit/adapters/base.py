@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
@@ -87,6 +88,18 @@ class Method(Tagged):
     def notes(self, stage: TrainingStage) -> Iterable[str]:
         """Decisions that `plan` should tell the user."""
         return ()
+
+    def steps(self, given: Mapping[str, Any], rows: int, processes: int) -> int:
+        """Optimiser steps of all epochs over so many rows, at most.
+
+        Args:
+            given: The arguments of the trainer's config.
+            rows: As many are trained on.
+            processes: As many share them.
+        """
+        batches = math.ceil(math.ceil(rows / given["per_device_train_batch_size"]) / processes)
+        steps: float = math.ceil(batches / given["gradient_accumulation_steps"]) * given["num_train_epochs"]
+        return math.ceil(steps)
 
     def step0_loss(self, stage: TrainingStage) -> float | None:
         """The loss that policy == reference must give before the first step; None where that is not so."""
