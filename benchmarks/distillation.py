@@ -1,0 +1,319 @@
+"""What distillation costs beside SFT, and what it gains on a source that is known exactly.
+
+    python -m benchmarks.distillation [--rounds 15] [--epochs 5] [--seeds 3] [--write]
+
+Costs are CPU seconds (user + system) of one thread in one process; the sides of a comparison run in turn, and which
+goes first alternates. Memory is the peak of child processes. The gain is the divergence of a student from the Markov
+source that made its data, exact up to the held-out contexts. `--write` puts the tables into benchmarks/README.md.
+"""
+
+import argparse
+import math
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from tokenizers import Tokenizer, models
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from trl import SFTConfig, SFTTrainer
+
+from stagekit.trainers.distillation import DistillationConfig, DistillationTrainer
+
+
+WORDS, LENGTH, ROWS, BATCH = 8192, 96, 64, 8
+"""Of the cost: vocabulary, tokens of a row, rows of an epoch, rows of a step."""
+
+SETTINGS: dict[str, Any] = {
+    "use_cpu": True, "bf16": False, "report_to": "none", "save_strategy": "no", "disable_tqdm": True,
+    "logging_steps": 1000, "activation_checkpointing": False, "per_device_train_batch_size": BATCH,
+    "learning_rate": 1e-3, "lr_scheduler_type": "constant", "max_grad_norm": 1.0,
+}  # fmt: skip
+
+
+def tokenizer(words: int) -> Any:
+    """One token per word `w0`, `w1`, ...; the last two are the end and the padding."""
+    vocabulary = {f"w{number}": number for number in range(words)}
+    plain = Tokenizer(models.WordLevel(vocabulary, unk_token="w0"))
+    return PreTrainedTokenizerFast(
+        tokenizer_object=plain, eos_token=f"w{words - 2}", pad_token=f"w{words - 1}", unk_token="w0"
+    )
+
+
+def llama(words: int, width: int, blocks: int, seed: int) -> Any:
+    """A random model without tied embeddings."""
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=words, hidden_size=width, intermediate_size=3 * width, num_hidden_layers=blocks,
+            num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256, pad_token_id=words - 1,
+            eos_token_id=words - 2, bos_token_id=None,
+        )
+    )  # fmt: skip
+
+
+def distiller(student: Any, teacher: Any, data: Any, words: int, folder: str, **changes: Any) -> Any:
+    """The trainer under test."""
+    args = DistillationConfig(folder, **{**SETTINGS, **changes})
+    return DistillationTrainer(
+        student, args, teacher_model=teacher, teacher_processing_class=tokenizer(words), train_dataset=data,
+        processing_class=tokenizer(words),
+    )  # fmt: skip
+
+
+def tuner(student: Any, data: Any, words: int, folder: str, **changes: Any) -> Any:
+    """TRL's SFT beside it."""
+    args = SFTConfig(folder, **{**SETTINGS, **changes})
+    return SFTTrainer(student, args, train_dataset=data, processing_class=tokenizer(words))
+
+
+def cost_data() -> Dataset:
+    """Rows of random words, all of them labels."""
+    torch.manual_seed(0)
+    return Dataset.from_dict({"input_ids": torch.randint(WORDS - 2, (ROWS, LENGTH)).tolist()})
+
+
+def cost_models() -> tuple[Any, Any]:
+    """A student of 4 blocks, 256 wide, and a teacher of 8 blocks, 384 wide."""
+    return llama(WORDS, 256, 4, 0), llama(WORDS, 384, 8, 1)
+
+
+def cpu_seconds(work: Callable[[], Any]) -> float:
+    """User and system time of this process."""
+    before = time.process_time()
+    work()
+    return time.process_time() - before
+
+
+def interleaved(sides: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+    """CPU seconds of every side, in turn, after one warm-up of each."""
+    spent: dict[str, list[float]] = {name: [] for name in sides}
+    for number in range(-1, rounds):
+        for name in sides if number % 2 else reversed(sides):
+            seconds = cpu_seconds(sides[name])
+            if number >= 0:
+                spent[name].append(seconds)
+    return spent
+
+
+def ratio_interval(ratios: Sequence[float]) -> str:
+    """Geometric mean of the ratios, with two standard errors of the mean of their logs."""
+    logs = [math.log(ratio) for ratio in ratios]
+    mean, error = statistics.fmean(logs), 2 * statistics.stdev(logs) / math.sqrt(len(logs))
+    return f"{math.exp(mean):.3f} ({math.exp(mean - error):.3f} to {math.exp(mean + error):.3f})"
+
+
+def online_cost(rounds: int, folder: str) -> list[str]:
+    """A step with the teacher, beside an SFT step and a forward of the teacher."""
+    student, teacher = cost_models()
+    ours = distiller(student, teacher, cost_data(), WORDS, folder)
+    theirs = tuner(llama(WORDS, 256, 4, 0), cost_data(), WORDS, folder)
+    hidden = distiller(llama(WORDS, 256, 4, 0), teacher, cost_data(), WORDS, folder, match_hidden_states=True)
+
+    def step(trainer: Any) -> Callable[[], Any]:
+        batch = trainer.data_collator([trainer.train_dataset[row] for row in range(BATCH)])
+        items = torch.tensor(BATCH * (LENGTH - 1))
+
+        def work() -> None:
+            trainer.model.train()
+            trainer.model.zero_grad()
+            trainer.training_step(trainer.model, dict(batch), items)
+
+        return work
+
+    ids = torch.tensor(cost_data()[:BATCH]["input_ids"])
+    sides = {
+        "sft": step(theirs),
+        "teacher": torch.no_grad()(lambda: teacher(input_ids=ids, use_cache=False)),
+        "distillation": step(ours),
+        "hidden": step(hidden),
+    }
+    spent = interleaved(sides, rounds)
+    both = [one + other for one, other in zip(spent["sft"], spent["teacher"], strict=True)]
+    rows = []
+    for name, what in (("distillation", "soft targets"), ("hidden", "and hidden states")):
+        ratios = [one / other for one, other in zip(spent[name], both, strict=True)]
+        ours_seconds, theirs_seconds = statistics.median(spent[name]), statistics.median(both)
+        rows.append(f"| online step, {what} | {ours_seconds:.2f} s | SFT step + teacher forward, "
+                    f"{theirs_seconds:.2f} s | {ratio_interval(ratios)} | 1.1 |")  # fmt: skip
+    return rows
+
+
+def cached_cost(epochs: int, folder: str) -> list[str]:
+    """An epoch with a cached teacher beside an epoch of SFT, and the size of the cache."""
+    student, teacher = cost_models()
+    once = {"num_train_epochs": 1}
+    cache = Path(folder, "cache")
+    ours = distiller(student, teacher, cost_data(), WORDS, folder, teacher_cache=str(cache), **once)
+    theirs = tuner(llama(WORDS, 256, 4, 0), cost_data(), WORDS, folder, **once)
+    spent = interleaved({"sft": theirs.train, "cached": ours.train}, epochs)
+    ratios = [one / other for one, other in zip(spent["cached"], spent["sft"], strict=True)]
+    size = sum(file.stat().st_size for file in cache.rglob("*.safetensors")) / (ROWS * (LENGTH - 1))
+    return [
+        f"| cached epoch, top 64 | {statistics.median(spent['cached']):.2f} s | SFT epoch, "
+        f"{statistics.median(spent['sft']):.2f} s | {ratio_interval(ratios)} | 1.15 |",
+        f"| cache, bytes a token at top 64 | {size:.0f} | | | 512 |",
+    ]
+
+
+CHILD = """
+import resource, sys, tempfile
+import torch
+torch.set_num_threads(1)
+from benchmarks import distillation as b
+with tempfile.TemporaryDirectory() as folder:
+    student, teacher = b.cost_models()
+    if sys.argv[1] == "sft":
+        del teacher
+        trainer = b.tuner(student, b.cost_data(), b.WORDS, folder, max_steps=3)
+    else:
+        trainer = b.distiller(student, teacher, b.cost_data(), b.WORDS, folder, max_steps=3)
+    trainer.train()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+"""
+
+
+def memory() -> list[str]:
+    """Peak of a process that distils, beside one that tunes, the teacher and what is alive of one chunk."""
+
+    def peak(kind: str) -> int:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}
+        command = [sys.executable, "-c", CHILD, kind]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+        return int(done.stdout.split()[-1])
+
+    sft, ours = (statistics.median(peak(kind) for _ in range(3)) for kind in ("sft", "distillation"))
+    teacher = sum(parameter.numel() * 4 for parameter in cost_models()[1].parameters())
+    matrix = DistillationConfig.chunk_tokens * WORDS * 4
+    whole = BATCH * (LENGTH - 1) * WORDS * 4
+    mib = 1 << 20
+    return [
+        f"| peak memory | {ours / mib:.0f} MiB | SFT {sft / mib:.0f} + teacher {teacher / mib:.0f} MiB; one chunk's "
+        f"logits {matrix / mib:.0f} MiB, the batch's {whole / mib:.0f} MiB | "
+        f"{(ours - sft - teacher) / matrix:.1f} chunks' logits over SFT + teacher | |"
+    ]
+
+
+STATES = 62
+"""States of the Markov source; with the end and the padding the vocabulary is 64."""
+
+
+class Source:
+    """A Markov chain of second order: the next word depends on the last two."""
+
+    def __init__(self, seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        sharp = 2.5 * torch.randn(STATES, STATES, generator=generator)
+        other = 1.5 * torch.randn(STATES, STATES, generator=generator)
+        self.next = (sharp[:, None, :] + other[None, :, :]).log_softmax(-1)  # (last, before, next)
+        self._generator = generator
+
+    def rows(self, count: int, length: int = 32) -> torch.Tensor:
+        """(count, length) words."""
+        words = torch.randint(STATES, (count, 2), generator=self._generator)
+        for _ in range(length - 2):
+            chances = self.next[words[:, -1], words[:, -2]].exp()
+            words = torch.cat([words, torch.multinomial(chances, 1, generator=self._generator)], dim=1)
+        return words
+
+    @torch.no_grad()
+    def divergence(self, model: Any, words: torch.Tensor) -> float:
+        """The mean KL(source || model) of the next word over held-out contexts of two words and more."""
+        model.eval()
+        logq = self.next[words[:, 1:-1], words[:, :-2]]
+        logp = model(input_ids=words).logits[:, 1:-1].log_softmax(-1)[..., :STATES]
+        return float((logq.exp() * (logq - logp)).sum(-1).mean())
+
+
+def gains(seed: int, folder: str, teacher_rows: int = 8192, steps: int = 160) -> dict[str, float]:
+    """KL(source || student) of students of one size and number of steps, by what they learnt from."""
+    source, words = Source(seed), STATES + 2
+    train, held_out = source.rows(256), source.rows(128)
+    clean = Dataset.from_dict({"input_ids": train.tolist(), "labels": train.tolist()})
+    noise = torch.where(torch.rand(train.shape) < 0.5, torch.randint(STATES, train.shape), train)
+    noisy = Dataset.from_dict({"input_ids": train.tolist(), "labels": noise.tolist()})
+    plenty = Dataset.from_dict({"input_ids": source.rows(teacher_rows).tolist()})
+    teacher = llama(words, 96, 4, seed)
+    common = {"per_device_train_batch_size": 32, "learning_rate": 3e-3, "seed": seed}
+    tuner(teacher, plenty, words, folder, **common, num_train_epochs=3).train()
+    short = {**common, "max_steps": steps}
+    found = {"teacher": source.divergence(teacher, held_out)}
+
+    def student() -> Any:
+        return llama(words, 48, 2, 100 + seed)
+
+    def taught(name: str, data: Dataset, by: Any, **changes: Any) -> None:
+        trainer = distiller(student(), by, data, words, folder, **short, alpha=0.9, temperature=1.0, **changes)
+        trainer.train()
+        found[name] = source.divergence(trainer.model, held_out)
+
+    for name, data in (("SFT", clean), ("SFT, half of the labels noise", noisy)):
+        trainer = tuner(student(), data, words, folder, **short)
+        trainer.train()
+        found[name] = source.divergence(trainer.model, held_out)
+    taught("distilled", clean, teacher)
+    taught("distilled, with hidden states", clean, teacher, match_hidden_states=True)
+    taught("distilled, half of the labels noise", noisy, teacher)
+    taught("distilled from a random teacher", clean, llama(words, 96, 4, 200 + seed))
+    return found
+
+
+def gain_table(seeds: int, folder: str) -> list[str]:
+    """A row per condition, a column per seed."""
+    columns = [gains(seed, folder) for seed in range(seeds)]
+    lines = [
+        "| KL(source \\|\\| student), nats | " + " | ".join(f"seed {seed}" for seed in range(seeds)) + " |",
+        "|---" * (seeds + 1) + "|",
+    ]
+    for name in columns[0]:
+        lines.append(f"| {name} | " + " | ".join(f"{column[name]:.3f}" for column in columns) + " |")
+    return lines
+
+
+def main() -> None:
+    """Measure, print, and with `--write` put the tables into the README beside this file."""
+    parser = argparse.ArgumentParser(description="what distillation costs and gains")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--epochs", type=int, default=5)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--write", action="store_true")
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    load = os.getloadavg()[0]
+    with tempfile.TemporaryDirectory() as folder:
+        costs = [*online_cost(given.rounds, folder), *cached_cost(given.epochs, folder), *memory()]
+        gained = gain_table(given.seeds, folder)
+    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "trl", "transformers"))
+    lines = [
+        f"`python -m benchmarks.distillation --rounds {given.rounds} --epochs {given.epochs} --seeds {given.seeds}`, "
+        f"Python {platform.python_version()}, {packages}, one thread; CPU seconds, medians; load average {load:.1f} "
+        f"on {os.cpu_count()} cores when it began.",
+        "",
+        "| what | distillation | beside | ratio (two standard errors) | at most |",
+        "|---|---|---|---|---|",
+        *costs,
+        "",
+        *gained,
+    ]
+    text = "\n".join(lines) + "\n"
+    print(text)
+    print(f"peak of this process {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MiB")
+    if given.write:
+        readme = Path(__file__).parent / "README.md"
+        head, _, rest = readme.read_text().partition("<!-- distillation -->\n")
+        tail = rest.partition("<!-- /distillation -->\n")[2]
+        readme.write_text(f"{head}<!-- distillation -->\n{text}<!-- /distillation -->\n{tail}")
+
+
+if __name__ == "__main__":
+    main()
