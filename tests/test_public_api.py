@@ -33,11 +33,16 @@ from stagekit.adapters import (
     custom,
     dpo,
     evaluation,
+    grpo,
     kto,
+    online_dpo,
+    ppo,
     process_reward,
     reference_free,
     references,
+    reinforcement,
     reward,
+    rloo,
     scoring,
     sft,
     unbuilt,
@@ -46,8 +51,8 @@ from stagekit.adapters import (
 
 DESCRIBING = (
     arguments, checks, digest, errors, flat, groups, ledger, options, parity, parse, pending, pipeline, selectors,
-    stage, stage_options, trl_fields, base, constitutional, custom, dpo, evaluation, kto, process_reward,
-    reference_free, references, reward, scoring, sft, unbuilt,
+    stage, stage_options, trl_fields, base, constitutional, custom, dpo, evaluation, grpo, kto, online_dpo,
+    ppo, process_reward, reference_free, references, reinforcement, reward, rloo, scoring, sft, unbuilt,
 )  # fmt: skip
 
 

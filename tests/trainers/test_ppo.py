@@ -11,6 +11,7 @@ from trl.trainer.callbacks import TrainerCallback
 
 from stagekit.errors import ConfigError, StageError
 from stagekit.trainers.ppo_losses import last_token
+from stagekit.trainers.ppo_metrics import Watch as Warnings
 from tests.trainers.rl import bits, equal, letters, load, log_of, perturbed, ppo, prompts, rollout
 
 
@@ -483,6 +484,16 @@ def _tok(path: str) -> dict[str, Any]:
     from transformers import AutoTokenizer
 
     return {"processing_class": AutoTokenizer.from_pretrained(path)}
+
+
+def test_numbers_that_show_that_nothing_is_learned_are_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    watch = Warnings()
+    for number in range(30):
+        watch.look({"objective/kl": -1.0 if number > 3 else 0.0, "objective/score": 0.0})
+        watch.look({"value/explained_variance": -2.0 if number < 20 else 0.5})
+        watch.look({"value/clip_frac": 0.9 if number % 2 else 0.0})  # never in a row
+    told = [record.getMessage().split(" = ")[0] for record in caplog.records]
+    assert told == ["objective/kl", "value/explained_variance"]
 
 
 @pytest.mark.slow
