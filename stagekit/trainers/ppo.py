@@ -23,7 +23,7 @@ from stagekit.rewards import as_reward
 from stagekit.trainers.ppo_config import PPOConfig
 from stagekit.trainers.ppo_critic import HeadCritic, head_critic, load_critic, save_critic, separate_critic
 from stagekit.trainers.ppo_losses import gae, kl_estimate, last_token, token_rewards, value_loss, whiten
-from stagekit.trainers.ppo_metrics import log_losses, log_rollout, log_values, show_advantages
+from stagekit.trainers.ppo_metrics import Watch, log_losses, log_rollout, log_values, show_advantages
 from stagekit.trainers.rollouts import Rollouts
 
 
@@ -96,6 +96,7 @@ class PPOTrainer(Rollouts, GRPOTrainer):  # type: ignore[misc]
         self._scores = torch.empty(0)
         self._scored: list[Scored] = []
         self._over = KLStop()
+        self.watch = Watch()
         self._buffered_inputs: list[dict[str, Any]] | None = None
         arguments.setdefault("chunk_size", args.rollout_chunk_size)
         super().__init__(

@@ -3,13 +3,58 @@
 Watch: `objective/kl` well below 0 says that what samples is not what scores; `value/explained_variance` below 0 after
 some ten rollouts, that the value model does not follow; `value/clip_frac` above 0.4, that `value_clip_range` is small
 for the size of the rewards; `policy/ratio_max_dev` above 0 in the first step of a rollout, that something is random.
+`Watch` says the first three once each.
 """
 
+import logging
+from collections import deque
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
 from stagekit.trainers.ppo_losses import explained_variance, masked_mean, value_clipped
+
+
+logger = logging.getLogger(__name__)
+
+_SHOWS: Mapping[str, tuple[Callable[[float], bool], str]] = {
+    "objective/kl": (
+        lambda value: value < -0.1,
+        "the KL from the reference is negative: what samples is not what scores (top_k, another temperature, dropout)",
+    ),
+    "value/explained_variance": (
+        lambda value: value < 0,
+        "the value model explains nothing: raise critic_learning_rate or vf_coef, or set value_clip_range to None",
+    ),
+    "value/clip_frac": (
+        lambda value: value > 0.4,
+        "most values are clipped: value_clip_range is small for rewards of this size; raise it, or set it to None",
+    ),
+}
+_IN_A_ROW, _SETTLED = 5, 10
+"""How many numbers in a row show it, and after how many rollouts the value model should follow."""
+
+
+class Watch:
+    """Warns, once each, of numbers that say again and again that PPO is not learning what it should."""
+
+    def __init__(self) -> None:
+        self._seen: dict[str, deque[bool]] = {name: deque(maxlen=_IN_A_ROW) for name in _SHOWS}
+        self._rollouts = 0
+        self._told: set[str] = set()
+
+    def look(self, numbers: dict[str, float]) -> None:
+        """Take the numbers of a rollout or a micro-batch."""
+        self._rollouts += "objective/kl" in numbers
+        for name, (shows, message) in _SHOWS.items():
+            if name not in numbers or name in self._told:
+                continue
+            early = name.startswith("value/") and self._rollouts <= _SETTLED
+            self._seen[name].append(not early and shows(numbers[name]))
+            if sum(self._seen[name]) == _IN_A_ROW:
+                self._told.add(name)
+                logger.warning("%s = %.3g: %s", name, numbers[name], message)
 
 
 def log_rollout(
@@ -98,3 +143,5 @@ def _mode(trainer: Any) -> str:
 def _add(trainer: Any, values: dict[str, float]) -> None:
     for name, value in values.items():
         trainer._metrics[_mode(trainer)][name].append(value)
+    if trainer.model.training:
+        trainer.watch.look(values)

@@ -264,3 +264,39 @@ def test_the_arguments_say_where_they_come_from(data: dict[str, str], tiny_model
     assert found["max_completion_length"] == (6, "stages.ppo.generation.max_new_tokens")
     assert found["disable_dropout"][0] is True
     assert any("frozen copy" in note for note in entry["notes"])
+
+
+@pytest.mark.parametrize("critic", ["separate", "head"])
+def test_bfloat16_and_activation_checkpointing_train_both_models(
+    critic: str, data: dict[str, str], tiny_model_path: str, tmp_path: Path
+) -> None:
+    given = {"use_mixed_precision": True, "mixed_precision_dtype": "bf16", "use_gradient_checkpointing": True}
+    run(tiny_model_path, tmp_path / "run", ppo(data, critic=critic, max_steps=9, checkpoint_save_steps=8, **given))
+    logged = lines(tmp_path / "run/01-ppo")
+    assert abs(logged[0]["objective/kl"]) < 0.05
+    assert logged[0]["policy/ratio_max_dev"] < 0.05
+    assert all(line["value/grad_norm"] > 0 for line in logged if "value/grad_norm" in line)
+    saved = load_file(tmp_path / "run/01-ppo/checkpoints/checkpoint-8/value_model/model.safetensors")
+    assert {tensor.dtype for tensor in saved.values()} == {torch.float32}
+
+
+def test_frozen_layers_of_the_policy_stay_and_the_value_model_learns(
+    data: dict[str, str], tiny_model_path: str, tmp_path: Path
+) -> None:
+    given = {"frozen_layers": ["layers.0"], "max_steps": 3}
+    run(tiny_model_path, tmp_path / "run", ppo(data, critic="head", **given))
+    before, after = weights(tiny_model_path), weights(tmp_path / "run/01-ppo/policy")
+    changed = {name for name in after if not torch.equal(before[name], after[name])}
+    assert changed
+    assert not any("layers.0." in name for name in changed)
+    assert all(line["value/grad_norm"] > 0 for line in lines(tmp_path / "run/01-ppo") if "value/grad_norm" in line)
+
+
+def test_an_adapter_over_a_quantised_base_is_trained(
+    data: dict[str, str], tiny_model_path: str, tmp_path: Path
+) -> None:
+    run(tiny_model_path, tmp_path / "run", ppo(data, lora=LoRA(rank=4, bits=4), max_steps=9))
+    logged = lines(tmp_path / "run/01-ppo")
+    assert abs(logged[0]["objective/kl"]) < 0.05
+    saved = weights(tmp_path / "run/01-ppo/policy")
+    assert any(tensor.any() for name, tensor in saved.items() if "lora_B" in name)
