@@ -54,7 +54,8 @@ from stagekit.adapters import (
 DESCRIBING = (
     arguments, checks, digest, errors, flat, groups, ledger, measures, options, parity, parse, pending, pipeline,
     selectors, stage, stage_options, trl_fields, base, constitutional, custom, distillation, dpo, evaluation, grpo,
-    kto, online_dpo, ppo, process_reward, reference_free, references, reinforcement, reward, rloo, scoring, sft, unbuilt,
+    kto, online_dpo, ppo, process_reward, reference_free, references, reinforcement, reward, rloo, scoring, sft,
+    unbuilt,
 )  # fmt: skip
 
 
