@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from stagekit.arguments import RESERVED
 from stagekit.errors import Problem
-from stagekit.groups import Data
-from stagekit.options import nearest
+from stagekit.groups import Data, single_rewards
+from stagekit.options import is_function_name, nearest
 from stagekit.sources import parse_data, parse_model, problems_of_data, problems_of_model
 from stagekit.trl_fields import fields_of
 
@@ -81,6 +81,9 @@ def models_of(stage: "TrainingStage") -> Iterator[tuple[str, Any]]:
         value = getattr(stage.method, option, None)
         if value is not None:
             yield f"{stage.path}.method.{option}", value
+    for path, reward, _ in single_rewards(getattr(stage.method, "reward", None)):
+        if isinstance(reward, str) and not is_function_name(reward):
+            yield f"{stage.path}.method.reward{path}", reward
 
 
 def data_of(stage: "TrainingStage") -> Iterator[tuple[str, Any]]:
@@ -107,7 +110,9 @@ def _references(
             name = value.removeprefix("stage:")
             found = list(_earlier(path, name, seen, pipeline))
             yield from found
-            if not found and not gives_policy(seen[name]) and not _goes_on(stage, path, seen[name]):
+            if path.startswith(f"{stage.path}.method.reward"):
+                yield from () if found else _rewards_with(path, seen[name])
+            elif not found and not gives_policy(seen[name]) and not _goes_on(stage, path, seen[name]):
                 yield Problem(path, f"stage {name!r} leaves no model ({_why_no_policy(seen[name])})")
     for path, value in data_of(stage):
         source = as_data(value).source
@@ -126,6 +131,13 @@ def _references(
             yield Problem(
                 path, f"stage {name!r} leaves no dataset {dataset!r}; it leaves: {have} (write stage:{name}/DATASET)"
             )
+
+
+def _rewards_with(path: str, before: "TrainingStage") -> Iterable[Problem]:
+    """A stage that is to score answers leaves an outcome reward model."""
+    if not trains(before) or before.method.artifact != "reward_model" or before.method.task != "SEQ_CLS":
+        leaves = _why_no_policy(before) if not trains(before) else f"{before.method.type} is no stage of type reward"
+        yield Problem(path, f"stage {before.name!r} leaves no outcome reward model ({leaves})")
 
 
 def _goes_on(stage: "TrainingStage", path: str, before: "TrainingStage") -> bool:
@@ -215,6 +227,9 @@ def functions_of(stage: "TrainingStage") -> Iterator[tuple[str, Any]]:
             yield f"callbacks.{event}", getattr(stage.callbacks, event)
     if getattr(stage.method, "function", None) is not None:
         yield "method.function", getattr(stage.method, "function")  # noqa: B009 (only custom has it)
+    for suffix, reward, _ in single_rewards(getattr(stage.method, "reward", None)):
+        if not isinstance(reward, str) or is_function_name(reward):
+            yield f"method.reward{suffix}", reward
     if stage.generation is not None and stage.generation.backend != "transformers":
         yield "generation.backend", stage.generation.backend
 

@@ -18,6 +18,7 @@ from stagekit.options import (
     PositiveFloat,
     check_function,
     function_name,
+    is_function_name,
     problems_of,
     raise_problems,
     shown,
@@ -45,6 +46,81 @@ def _model(value: Any) -> Any:
 
 Model = Annotated[Any, BeforeValidator(_model), WithJsonSchema({"type": ["string", "null"]})]
 """How a model is named."""
+
+
+def _reward(value: Any) -> Any:
+    """One reward: a function, or a model that is named."""
+    if isinstance(value, str | Path):
+        return check_function(str(value)) if is_function_name(str(value)) else _model(value)
+    if callable(value) and not hasattr(value, "config"):
+        return value
+    raise wrong(
+        f"a reward is a function ('package.module:function'), or a reward model (stage:, a path), not {shown(value)}"
+    )
+
+
+def _name(value: Any) -> Any:
+    """A function by its name; what has a name already as it is."""
+    return function_name(value) if callable(value) else value
+
+
+OneReward = Annotated[
+    Any,
+    BeforeValidator(_reward),
+    PlainSerializer(_name),
+    WithJsonSchema({"type": "string"}),
+]
+"""One reward: a function `f(prompts, completions, **columns) -> list[float | None]`, or a reward model."""
+
+
+class Weighted(Options):
+    """One of several rewards, with its weight in their sum."""
+
+    reward: OneReward
+    """A function `f(prompts, completions, **columns) -> list[float | None]`, or a reward model (`stage:`, a path)."""
+
+    weight: float = 1.0
+    """What its rewards are multiplied by."""
+
+
+def _rewards(value: Any) -> Any:
+    """A reward, or several with weights; a list's bare rewards have weight 1."""
+    if value is None or not isinstance(value, Mapping | list | tuple | Weighted):
+        return None if value is None else _reward(value)
+    found, problems = [], []
+    given = value if isinstance(value, list | tuple) else [value]
+    for place, item in enumerate(given):
+        try:
+            named = isinstance(item, Mapping | Weighted)
+            found.append(Weighted.model_validate(item if named else {"reward": item}))
+        except ValidationError as error:
+            problems += [Problem(f"{place}.{one.path}", one.message) for one in problems_of(error, Weighted, item)]
+    raise_problems(Weighted, problems)
+    if not found:
+        raise wrong("an empty list rewards nothing")
+    return tuple(found)
+
+
+def _plain_rewards(value: Any) -> Any:
+    return [one.model_dump() for one in value] if isinstance(value, tuple) else _name(value)
+
+
+Rewards = Annotated[
+    Any,
+    BeforeValidator(_rewards),
+    PlainSerializer(_plain_rewards),
+    WithJsonSchema({"type": ["string", "object", "array", "null"]}),
+]
+"""A reward, or a list of rewards, each alone or as {reward: ..., weight: ...}."""
+
+
+def single_rewards(value: Any) -> list[tuple[str, Any, float]]:
+    """(path suffix, reward, weight) of every single one in a `Rewards` value."""
+    if value is None:
+        return []
+    if not isinstance(value, tuple):
+        return [("", value, 1.0)]
+    return [(f"[{place}].reward", one.reward, one.weight) for place, one in enumerate(value)]
 
 
 def _source(value: Any) -> Any:

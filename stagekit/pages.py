@@ -18,8 +18,15 @@ FOLDER = Path("docs/stages")
 _EXAMPLES: dict[str, str] = {
     "constitutional": "generation: {max_new_tokens: 256}",
     "evaluation": "validation_data: rows.jsonl",
+    "rejection_sampling": "generation: {max_new_tokens: 256}",
 }
 """A line that a type's example has beside those of all."""
+
+_NEEDED: dict[str, str] = {
+    "custom": "function: my_package.my_module:my_function",
+    "rejection_sampling": "reward: my_package.my_module:my_reward",
+}
+"""The option of a method that has no default."""
 
 
 def pages() -> dict[str, str]:
@@ -35,9 +42,8 @@ def example(kind: str) -> str:
     """A stage of the type as it stands in a pipeline file."""
     cls = METHODS[kind]
     lines = [f"name: my-{kind.replace('_', '-')}"]
-    lines.append(
-        "method: {type: custom, function: my_package.my_module:my_function}" if kind == "custom" else f"method: {kind}"
-    )
+    needed = f"{{type: {kind}, {_NEEDED[kind]}}}" if kind in _NEEDED else kind
+    lines.append(f"method: {needed}")
     if cls.needs_data:
         columns = " or ".join(" + ".join(one) for one in cls.columns[:2])
         lines.append(f"training_data: rows.jsonl   # columns {columns}")

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 PENDING: Mapping[str, str] = {
     "sync_batch_norm": "distributed training",
     "distributed_strategy": "distributed training",
-    "reward_model": "the methods that learn from rewards",
     "kl_penalty_coefficient": "the methods that learn from rewards",
     "ppo_clip_range": "the methods that learn from rewards",
     "value_function_coefficient": "the PPO trainer",
@@ -19,9 +18,6 @@ PENDING: Mapping[str, str] = {
     "self_play_iterations": "the self-play trainer",
     "self_play_temperature": "the self-play trainer",
     "self_play_responses_per_prompt": "the self-play trainer",
-    "rejection_sampling_n": "the rejection sampling trainer",
-    "rejection_sampling_top_k": "the rejection sampling trainer",
-    "rejection_sampling_min_reward": "the rejection sampling trainer",
     "teacher_model": "the distillation trainer",
     "distillation_temperature": "the distillation trainer",
     "distillation_alpha": "the distillation trainer",

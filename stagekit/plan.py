@@ -99,13 +99,8 @@ def _rows_to_train(stage: "TrainingStage", data: Mapping[str, dict[str, Any]]) -
     else:
         mixed, read = {}, sum(counts.values())
         read = min(read, stage.max_training_samples or read)
-    if stage.method.type != "constitutional":
-        return {"read": read, "trained": read}
-    method: Any = stage.method
-    unrevised = sum(mixed.get(name, 0) for name in method.unrevised)
-    revised = read - unrevised
-    most = revised * (method.rounds if method.target == "all" else 1) + unrevised
-    return {"read": read, "trained": most, "made": {"preferences": revised, "revisions": most}}
+    trained, made = stage.method.rows_made(read, mixed)
+    return {"read": read, "trained": trained, **({"made": dict(made)} if made else {})}
 
 
 def _steps(stage: "TrainingStage", rows: Mapping[str, Any]) -> int | None:
@@ -113,11 +108,12 @@ def _steps(stage: "TrainingStage", rows: Mapping[str, Any]) -> int | None:
     if not trains(stage) or stage.method.trainer_class is None:
         return 0
     if stage.max_steps > 0:
-        return stage.max_steps
+        return stage.max_steps * stage.method.trainings()
     if rows["trained"] is None:
         return None
     batches = math.ceil(int(rows["trained"]) / stage.batch_size)
-    return int(math.ceil(batches / stage.gradient_accumulation_steps) * stage.epochs)
+    each = math.ceil(batches / stage.gradient_accumulation_steps) * stage.epochs
+    return int(each * stage.method.trainings())
 
 
 def _shapes(model: str | None) -> dict[str, tuple[int, ...]]:

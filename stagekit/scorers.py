@@ -9,7 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from stagekit.counters import digest_of
 from stagekit.errors import ConfigError, StageError, StagekitError
-from stagekit.options import function_name
+from stagekit.options import function_name, is_function_name
 from stagekit.requests import Message
 
 
@@ -187,13 +187,6 @@ def scorer_from(reward: Any) -> Scorer:
     raise ConfigError(
         f"a reward is a function, 'package.module:function', a reward model's path, or a list of those, not {reward!r}"
     )
-
-
-def is_function_name(text: str) -> bool:
-    """Whether a text names a function; what a model's name may begin with (`stage:`, `package:`) is none."""
-    module, colon, name = text.partition(":")
-    parts = [*module.split("."), *name.split(".")]
-    return bool(colon) and module not in {"stage", "package"} and all(part.isidentifier() for part in parts)
 
 
 def _like(prompt: Prompt, text: str) -> str | list[Message]:

@@ -104,13 +104,21 @@ def select(candidates: Sequence[Candidate], *, top_k: int = 1, min_reward: float
 
 
 def sft_rows(groups: Sequence[Group], selections: Sequence[Selection]) -> list[dict[str, Any]]:
-    """Rows to fine-tune on, one per kept answer: `prompt`, `completion`, `reward`, `rank` (1 is the best), `n_valid`,
-    `copies`, `key`.
+    """`selected_rows`, of which there must be some.
 
     Raises:
         StageError: nothing was kept; the message has the reasons and the quantiles of the rewards.
     """
-    rows = [
+    rows = selected_rows(groups, selections)
+    if not rows:
+        raise _nothing_kept(groups, selections)
+    return rows
+
+
+def selected_rows(groups: Sequence[Group], selections: Sequence[Selection]) -> list[dict[str, Any]]:
+    """Rows to fine-tune on, one per kept answer: `prompt`, `completion`, `reward`, `rank` (1 is the best), `n_valid`,
+    `copies`, `key`."""
+    return [
         {
             "prompt": list(group.messages),
             "completion": _answer(one),
@@ -123,9 +131,6 @@ def sft_rows(groups: Sequence[Group], selections: Sequence[Selection]) -> list[d
         for group, selection in zip(groups, selections, strict=True)
         for rank, one in enumerate(selection.kept, start=1)
     ]
-    if not rows:
-        raise _nothing_kept(groups, selections)
-    return rows
 
 
 def preference_rows(groups: Sequence[Group], selections: Sequence[Selection]) -> list[dict[str, Any]]:

@@ -25,3 +25,8 @@ def custom(context: Any) -> dict[str, Any]:
 def by_length(prompts: Any, completions: Any, **columns: Any) -> list[float]:
     """A reward: the number of characters of an answer."""
     return [float(len(text if isinstance(text, str) else text[0]["content"])) for text in completions]
+
+
+def by_shortness(prompts: Any, completions: Any, **columns: Any) -> list[float]:
+    """A reward: above 0, and the higher the fewer characters an answer has."""
+    return [1 / (1 + length) for length in by_length(prompts, completions)]

@@ -97,3 +97,9 @@ def texts(folder: Path) -> list[str]:
 
 def card(folder: Path) -> str:
     return (folder / "policy" / "README.md").read_text()
+
+
+def kept(folder: Path) -> list[tuple[str, float]]:
+    """The answers that a sampling stage learns, with their rewards."""
+    rows = [json.loads(line) for line in (folder / "data" / "selected.jsonl").read_text().splitlines()]
+    return [(row["completion"][0]["content"], row["reward"]) for row in rows]

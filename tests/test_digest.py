@@ -52,6 +52,7 @@ OTHER: dict[str, Any] = {
     "min_learning_rate": 1e-9, "adam_beta1": 0.8, "adam_beta2": 0.8, "lora_dropout": 0.2,
     "frozen_layers": ["layers.0"], "trainable_layers": ["lm_head"], "callbacks": {"on_stage_start": "json:loads"},
     "custom_loss_function": "json:loads", "contrastive_margin": 0.5, "preference_label_smoothing": 0.2,
+    "reward_model": "json:loads",
 }  # fmt: skip
 FP16 = {"use_mixed_precision": True, "mixed_precision_dtype": "fp16"}
 BESIDE: dict[str, dict[str, Any]] = {
@@ -97,6 +98,10 @@ BESIDE: dict[str, dict[str, Any]] = {
         name: {"validation_data": "held.jsonl", "save_only_best": True}
         for name in ("best_checkpoint_metric", "best_checkpoint_metric_maximize")
     },
+    **{
+        name: {"reward_model": "json:loads"}
+        for name in ("rejection_sampling_n", "rejection_sampling_top_k", "rejection_sampling_min_reward")
+    },
     "is_evaluation_only": {"validation_data": "held.jsonl", "training_data": None},
 }
 """What must stand beside an option for it to have an effect."""
@@ -112,7 +117,9 @@ def test_the_digest_changes_with_every_option_that_changes_the_result(folder: Pa
              "critique_revision_rounds": "constitutional", "dpo_beta": "dpo", "preference_loss_type": "dpo",
              "contrastive_margin": "dpo",
              "update_reference_model": "dpo", "reference_model_update_interval": "dpo",
-             "share_reference_model": "dpo"}  # fmt: skip
+             "share_reference_model": "dpo", "reward_model": "rejection_sampling",
+             "rejection_sampling_n": "rejection_sampling", "rejection_sampling_top_k": "rejection_sampling",
+             "rejection_sampling_min_reward": "rejection_sampling"}  # fmt: skip
     default = default_of(name)
     other = OTHER[name] if name in OTHER else not default if isinstance(default, bool) else default + 1
     beside: dict[str, Any] = dict(BESIDE.get(name, {}))
@@ -123,6 +130,8 @@ def test_the_digest_changes_with_every_option_that_changes_the_result(folder: Pa
     before, after = dict(beside), {**beside, name: other}
     if name == "custom_metric_name":
         before[name] = "before"
+    if name == "reward_model":
+        before[name] = "json:dumps"
     if name == "is_evaluation_only":
         del before["training_data"]
 

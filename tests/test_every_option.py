@@ -25,6 +25,7 @@ from tests.every_option import (
     evaluated_steps,
     files,
     folder_name,
+    kept,
     log_keys,
     logged_steps,
     rates,
@@ -209,6 +210,20 @@ CASES: dict[str, Case] = {
         {"update_reference_model": True, "learning_rate": 5e-3, "warmup_ratio": 0.0}, kind="dpo",
     ),
     "run_condition": Case({}, {"run_condition": never}, result("status", "reason")),
+    "rejection_sampling_min_reward": Case(
+        {"rejection_sampling_min_reward": 0.0}, {"rejection_sampling_min_reward": 25.0}, kept,
+        {"rejection_sampling_top_k": 4}, kind="rejection_sampling",
+    ),
+    "rejection_sampling_n": Case(
+        {"rejection_sampling_n": 6}, {"rejection_sampling_n": 3}, kept, kind="rejection_sampling"
+    ),
+    "rejection_sampling_top_k": Case(
+        {"rejection_sampling_top_k": 1}, {"rejection_sampling_top_k": 2}, kept, kind="rejection_sampling"
+    ),
+    "reward_model": Case(
+        {"reward_model": "tests.answers:by_length"}, {"reward_model": "tests.answers:by_shortness"}, kept,
+        kind="rejection_sampling",
+    ),
     "save_checkpoint_after": Case(
         {"save_checkpoint_after": True}, {"save_checkpoint_after": False},
         lambda folder: (folder / "policy").exists(), {"then": True},
@@ -339,6 +354,13 @@ class World:
             "constitutional": {
                 "stage_type": "constitutional",
                 "training_data": "prompts",
+                "generation": {"max_new_tokens": 24},
+            },
+            "rejection_sampling": {
+                "stage_type": "rejection_sampling",
+                "training_data": "prompts",
+                "reward_model": "tests.answers:by_length",
+                "rejection_sampling_n": 6,
                 "generation": {"max_new_tokens": 24},
             },
             "custom": {"stage_type": "custom"},

@@ -21,6 +21,10 @@ OF_TYPE: Mapping[str, Mapping[str, Any]] = {
         for kind in ("kto", "orpo", "cpo", "simpo", "reward", "process_reward")
     },
     "constitutional": {"method": "constitutional", "training_data": "rows.jsonl"},
+    "rejection_sampling": {
+        "method": {"type": "rejection_sampling", "reward": "pkg.mod:f"},
+        "training_data": "rows.jsonl",
+    },
     "evaluation": {"method": "evaluation", "validation_data": "rows.jsonl"},
     "custom": {"method": {"type": "custom", "function": "pkg.mod:f"}},
 }
@@ -287,7 +291,8 @@ def test_the_ledger_has_one_entry_for_every_option_of_the_stage_and_its_method(k
     for entry in entries:
         assert entry.disposition in {"applied", "not applicable", "not built"}
         assert (entry.reason == "") == (entry.disposition == "applied")
-    of_method = {"method.type", "method.function"} if kind == "custom" else {"method.type"}
+    needed = {"custom": {"method.function"}, "rejection_sampling": {"method.reward"}}
+    of_method = {"method.type", *needed.get(kind, ())}
     assert {entry.option for entry in entries if entry.set} == {"name", *OF_TYPE[kind], *of_method}
 
 

@@ -37,6 +37,7 @@ from stagekit.adapters import (
     process_reward,
     reference_free,
     references,
+    rejection_sampling,
     reward,
     scoring,
     sft,
@@ -47,7 +48,7 @@ from stagekit.adapters import (
 DESCRIBING = (
     arguments, checks, digest, errors, flat, groups, ledger, options, parity, parse, pending, pipeline, selectors,
     stage, stage_options, trl_fields, base, constitutional, custom, dpo, evaluation, kto, process_reward,
-    reference_free, references, reward, scoring, sft, unbuilt,
+    reference_free, references, rejection_sampling, reward, scoring, sft, unbuilt,
 )  # fmt: skip
 
 

@@ -14,6 +14,7 @@ from stagekit.adapters.evaluation import Evaluation
 from stagekit.adapters.kto import KTO
 from stagekit.adapters.process_reward import ProcessReward
 from stagekit.adapters.reference_free import CPO, ORPO, SimPO
+from stagekit.adapters.rejection_sampling import RejectionSampling
 from stagekit.adapters.reward import Reward
 from stagekit.adapters.sft import SFT
 from stagekit.adapters.unbuilt import (
@@ -21,7 +22,6 @@ from stagekit.adapters.unbuilt import (
     PPO,
     RLOO,
     Distillation,
-    RejectionSampling,
     SelfPlay,
 )
 from stagekit.options import nearest, shown

@@ -84,6 +84,15 @@ class Method(Tagged):
         """Decisions that `plan` should tell the user."""
         return ()
 
+    def trainings(self) -> int:
+        """How many times the stage trains, each from the model of the time before."""
+        return 1
+
+    def rows_made(self, read: int, mixed: Mapping[str, int]) -> tuple[int, Mapping[str, int]]:
+        """Of `read` rows (`mixed`: by the sets of a mix), at most how many each training learns, and how many the
+        datasets that the stage leaves have."""
+        return read, {}
+
     def step0_loss(self, stage: TrainingStage) -> float | None:
         """The loss that policy == reference must give before the first step; None where that is not so."""
         return None

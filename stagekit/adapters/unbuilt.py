@@ -86,25 +86,6 @@ class RLOO(Method):
     missing: ClassVar = "the RLOO adapter and its rewards"
 
 
-class RejectionSampling(Method):
-    """Sample several answers, keep the best by reward, fine-tune on them."""
-
-    type: Literal["rejection_sampling"] = "rejection_sampling"
-    """The stage type."""
-    reward: Any = None
-    """What scores the answers."""
-    n: Positive = 10
-    """Answers per prompt."""
-    top_k: Positive = 1
-    """Answers kept per prompt."""
-    min_reward: float | None = 0.0
-    """Keep only answers with a reward above this. None = no threshold."""
-
-    summary: ClassVar = "sample several answers, keep the best by reward, fine-tune on them"
-    paper: ClassVar = "huggingface.co/papers/2304.06767"
-    missing: ClassVar = "the sampling trainer"
-
-
 class SelfPlay(Method):
     """SPIN: prefer the data's answers to the model's own, over and over."""
 
