@@ -21,8 +21,11 @@ from stagekit.rows import json_object
 Prepare = Callable[[Job, int], Job]
 """Gives the job of an iteration, by its number from 1, its training data."""
 
+Measure = Callable[[Job, Outcome], Outcome]
+"""Adds to the outcome of an iteration what the type knows of it."""
 
-def run_iterations(job: Job, count: int, prepare: Prepare) -> Outcome:
+
+def run_iterations(job: Job, count: int, prepare: Prepare, measure: Measure | None = None) -> Outcome:
     """Make data and train, `count` times.
 
     The metrics of iteration N stand under `iteration_N/`, those of the last one also by themselves; steps and dropped
@@ -43,7 +46,7 @@ def run_iterations(job: Job, count: int, prepare: Prepare) -> Outcome:
         if outcome is None:
             if count > 1:
                 job.show.line(f"  iteration {number} of {count}")
-            outcome = _iterate(dataclasses.replace(job, folder=folder, model=model), number, prepare)
+            outcome = _iterate(dataclasses.replace(job, folder=folder, model=model), number, prepare, measure)
             if not last and not outcome.stopped:
                 _keep(folder, model, outcome)
         done.append(outcome)
@@ -54,7 +57,7 @@ def run_iterations(job: Job, count: int, prepare: Prepare) -> Outcome:
     return _together(job, job.folder, done)
 
 
-def _iterate(job: Job, number: int, prepare: Prepare) -> Outcome:
+def _iterate(job: Job, number: int, prepare: Prepare, measure: Measure | None) -> Outcome:
     from stagekit.training import train
 
     job.folder.mkdir(exist_ok=True)
@@ -64,6 +67,7 @@ def _iterate(job: Job, number: int, prepare: Prepare) -> Outcome:
     outcome = train(prepared)
     gc.collect()
     datasets = {name: path.name for name, path in prepared.datasets.items()}
+    outcome = measure(prepared, outcome) if measure is not None else outcome
     return dataclasses.replace(
         outcome,
         artifacts={**outcome.artifacts, **({"datasets": datasets} if datasets else {})},

@@ -19,6 +19,7 @@ _EXAMPLES: dict[str, str] = {
     "constitutional": "generation: {max_new_tokens: 256}",
     "evaluation": "validation_data: rows.jsonl",
     "rejection_sampling": "generation: {max_new_tokens: 256}",
+    "self_play": "generation: {max_new_tokens: 256}",
 }
 """A line that a type's example has beside those of all."""
 

@@ -118,6 +118,8 @@ def test_the_digest_changes_with_every_option_that_changes_the_result(folder: Pa
              "contrastive_margin": "dpo",
              "update_reference_model": "dpo", "reference_model_update_interval": "dpo",
              "share_reference_model": "dpo", "reward_model": "rejection_sampling",
+             "self_play_iterations": "self_play", "self_play_responses_per_prompt": "self_play",
+             "self_play_temperature": "self_play",
              "rejection_sampling_n": "rejection_sampling", "rejection_sampling_top_k": "rejection_sampling",
              "rejection_sampling_min_reward": "rejection_sampling"}  # fmt: skip
     default = default_of(name)

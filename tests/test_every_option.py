@@ -28,6 +28,7 @@ from tests.every_option import (
     kept,
     log_keys,
     logged_steps,
+    paired,
     rates,
     result,
     texts,
@@ -238,6 +239,15 @@ CASES: dict[str, Case] = {
         {"scheduler_power": 1.0}, {"scheduler_power": 3.0}, rates, {"scheduler_type": "polynomial"}
     ),
     "scheduler_type": Case({"scheduler_type": "constant"}, {"scheduler_type": "linear_warmup"}, rates),
+    "self_play_iterations": Case(
+        {"self_play_iterations": 1}, {"self_play_iterations": 2}, paired, kind="self_play"
+    ),
+    "self_play_responses_per_prompt": Case(
+        {"self_play_responses_per_prompt": 3}, {"self_play_responses_per_prompt": 2}, paired, kind="self_play"
+    ),
+    "self_play_temperature": Case(
+        {"self_play_temperature": 0.7}, {"self_play_temperature": 1.5}, paired, kind="self_play"
+    ),
     "share_reference_model": Case(
         {"share_reference_model": True}, {"share_reference_model": False}, lambda folder: loads(folder), kind="dpo"
     ),
@@ -363,11 +373,19 @@ class World:
                 "rejection_sampling_n": 6,
                 "generation": {"max_new_tokens": 24},
             },
+            "self_play": {
+                "stage_type": "self_play",
+                "training_data": "rows",
+                "max_training_samples": 4,
+                "self_play_iterations": 1,
+                "generation": {"max_new_tokens": 24},
+                "learning_rate": 1e-4,
+            },
             "custom": {"stage_type": "custom"},
             "": {},
         }
         trains = {"max_steps": 3, "batch_size": 4, "logging_steps": 1, "learning_rate": 1e-3}
-        base = {**defaults[case.kind], **({} if case.kind == "custom" else trains)}
+        base = {**({} if case.kind == "custom" else trains), **defaults[case.kind]}
         options = {"name": "stage", **base, **case.shared, **given}
         if options.get("is_evaluation_only"):
             options = {

@@ -121,6 +121,15 @@ SELECTED = {
             "rejection_sampling_min_reward": st.none() | st.floats(-1, 1),
         },
     ),
+    "self_play": (
+        {"fine_tuning_method": st.just("spin")},
+        {
+            "dpo_beta": RATE,
+            "self_play_iterations": POSITIVE,
+            "self_play_responses_per_prompt": POSITIVE,
+            "self_play_temperature": st.floats(0.1, 2),
+        },
+    ),
     "custom": (
         {"stage_type": st.just("custom"), "custom_training_function": st.just("pkg.mod:train")},
         {"training_data": st.just("rows.jsonl")},

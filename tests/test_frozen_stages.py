@@ -10,7 +10,7 @@ import torch
 
 from stagekit import ConfigError, Generation, LoRA, StageError, TrainingStage
 from stagekit import training as training_module
-from stagekit.adapters import RejectionSampling
+from stagekit.adapters import RejectionSampling, SelfPlay
 from tests.answers import by_length
 from tests.running import crash_at, run, same, stage, weights
 
@@ -51,6 +51,11 @@ TYPES: dict[str, dict[str, Any]] = {
         "data": "prompts",
         "generation": Generation(max_new_tokens=8, backend=answer),
         "method": RejectionSampling(n=1, reward=by_length),
+    },
+    "self_play": {
+        "data": "sft",
+        "generation": Generation(max_new_tokens=8, backend=answer),
+        "method": SelfPlay(iterations=1, responses_per_prompt=1),
     },
     "dpo": {"data": "dpo"},
     "kto": {"data": "dpo"},

@@ -20,6 +20,7 @@ OF_TYPE: Mapping[str, Mapping[str, Any]] = {
         kind: {"method": kind, "training_data": "rows.jsonl"}
         for kind in ("kto", "orpo", "cpo", "simpo", "reward", "process_reward")
     },
+    "self_play": {"method": "self_play", "training_data": "rows.jsonl"},
     "constitutional": {"method": "constitutional", "training_data": "rows.jsonl"},
     "rejection_sampling": {
         "method": {"type": "rejection_sampling", "reward": "pkg.mod:f"},
@@ -58,8 +59,6 @@ SET: Mapping[str, Any] = {
     "reward_model": "some/model",
     "teacher_model": "some/model",
     "distillation_layer_mapping": {1: 1},
-    "rejection_sampling_min_reward": 0.5,
-    "self_play_temperature": 0.5,
     "gae_lambda": 0.5,
 }
 """Values where True, False, or one more than the default will not do."""

@@ -40,6 +40,7 @@ from stagekit.adapters import (
     rejection_sampling,
     reward,
     scoring,
+    self_play,
     sft,
     unbuilt,
 )
@@ -48,7 +49,7 @@ from stagekit.adapters import (
 DESCRIBING = (
     arguments, checks, digest, errors, flat, groups, ledger, options, parity, parse, pending, pipeline, selectors,
     stage, stage_options, trl_fields, base, constitutional, custom, dpo, evaluation, kto, process_reward,
-    reference_free, references, rejection_sampling, reward, scoring, sft, unbuilt,
+    reference_free, references, rejection_sampling, reward, scoring, self_play, sft, unbuilt,
 )  # fmt: skip
 
 

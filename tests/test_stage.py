@@ -191,7 +191,7 @@ def test_a_method_may_be_named_by_its_type_alone() -> None:
         ("dpoo", "unknown stage type 'dpoo'; did you mean 'dpo'?"),
         ("self_rewarding", "'self_rewarding' is planned, but not built yet; built are "
          "sft, dpo, kto, orpo, cpo, simpo, reward, process_reward, constitutional, rejection_sampling, "
-         "evaluation, custom"),
+         "self_play, evaluation, custom"),
         (5, "a method is a stage type's name or a mapping with type, not 5"),
     ],
 )  # fmt: skip

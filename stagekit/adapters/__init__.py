@@ -16,13 +16,13 @@ from stagekit.adapters.process_reward import ProcessReward
 from stagekit.adapters.reference_free import CPO, ORPO, SimPO
 from stagekit.adapters.rejection_sampling import RejectionSampling
 from stagekit.adapters.reward import Reward
+from stagekit.adapters.self_play import SelfPlay
 from stagekit.adapters.sft import SFT
 from stagekit.adapters.unbuilt import (
     GRPO,
     PPO,
     RLOO,
     Distillation,
-    SelfPlay,
 )
 from stagekit.options import nearest, shown
 

@@ -86,25 +86,6 @@ class RLOO(Method):
     missing: ClassVar = "the RLOO adapter and its rewards"
 
 
-class SelfPlay(Method):
-    """SPIN: prefer the data's answers to the model's own, over and over."""
-
-    type: Literal["self_play"] = "self_play"
-    """The stage type."""
-    iterations: Positive = 3
-    """Rounds of generating and preferring."""
-    temperature: NonNegativeFloat = 0.7
-    """Sampling temperature of the opponent."""
-    responses_per_prompt: Positive = 4
-    """The opponent's answers per prompt."""
-    beta: PositiveFloat = 0.1
-    """Strength of the tie to the opponent."""
-
-    summary: ClassVar = "SPIN: prefer the data's answers to the model's own"
-    paper: ClassVar = "huggingface.co/papers/2401.01335"
-    missing: ClassVar = "the self-play trainer"
-
-
 class Distillation(Method):
     """Learn a teacher's distribution: alpha * soft + (1 - alpha) * hard."""
 
