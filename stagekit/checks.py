@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from stagekit.arguments import RESERVED
 from stagekit.errors import Problem
-from stagekit.groups import Data, single_rewards
+from stagekit.groups import Data, is_function, single_rewards
 from stagekit.options import is_function_name, nearest
 from stagekit.sources import parse_data, parse_model, problems_of_data, problems_of_model
 from stagekit.trl_fields import fields_of
@@ -230,7 +230,7 @@ def functions_of(stage: "TrainingStage") -> Iterator[tuple[str, Any]]:
     for suffix, reward, _ in single_rewards(getattr(stage.method, "reward", None)):
         if not isinstance(reward, str) or is_function_name(reward):
             yield f"method.reward{suffix}", reward
-    if stage.generation is not None and stage.generation.backend != "transformers":
+    if stage.generation is not None and is_function(stage.generation.backend):
         yield "generation.backend", stage.generation.backend
 
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from stagekit.errors import StageError
 from stagekit.generating import free_memory, generator_for, open_journal, progress, write_datasets
-from stagekit.groups import Generation
+from stagekit.groups import Generation, is_function
 from stagekit.job import Job
 from stagekit.requests import Generator
 
@@ -85,8 +85,9 @@ def _principles(method: "Constitutional") -> tuple[Any, ...]:
 
 def _critic(job: Job, method: "Constitutional", generation: Generation) -> Generator | None:
     name = method.critique_model
-    if name is None or generation.backend != "transformers":
+    if name is None or is_function(generation.backend):
         return None
+    generation = generation.model_copy(update={"backend": "transformers"})
     if isinstance(name, str) and name.startswith("stage:"):
         policy = job.results[name.removeprefix("stage:")].policy
         if policy is None:

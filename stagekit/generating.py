@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from stagekit.errors import Interrupted, StageError
-from stagekit.groups import Generation
+from stagekit.groups import Generation, is_function, is_server
 from stagekit.job import Job
 from stagekit.options import function_name
 from stagekit.requests import Generator, Sampling, ScriptedGenerator
@@ -18,13 +18,20 @@ def generator_for(job: Job, model: str | None, generation: Generation) -> Genera
         top_k=generation.top_k,
         batch_tokens=generation.batch_tokens,
     )
-    if generation.backend != "transformers":
+    if is_server(generation.backend):
+        from stagekit.backends import ServerGenerator
+
+        url, _, name = generation.backend.partition("#")
+        return ServerGenerator(url, sampling, model=name or None)
+    if is_function(generation.backend):
         from stagekit.custom import resolve
 
         name = function_name(generation.backend)
         return ScriptedGenerator(resolve(generation.backend), fingerprint=f"{name} {sampling}")
     if model is None:
         raise StageError(f"stage {job.stage.name!r} has no model to generate with")
+    if generation.backend == "vllm":
+        return _vllm(job, model, sampling)
     import torch
 
     from stagekit.generation import TransformersGenerator
@@ -46,6 +53,19 @@ def generator_for(job: Job, model: str | None, generation: Generation) -> Genera
     tokenizer = load_tokenizer(model, job.chat_template)
     fingerprint = f"{model_fingerprint(model)} {loaded.dtype} {lora.bits if lora else None} {sampling}"
     return TransformersGenerator(loaded, tokenizer, sampling, fingerprint, on_token=heartbeat(job))
+
+
+def _vllm(job: Job, model: str, sampling: Sampling) -> Generator:
+    from stagekit.backends import VLLMGenerator
+    from stagekit.models import adapter_base, load_tokenizer, model_fingerprint
+
+    if adapter_base(model) is not None:
+        raise StageError(
+            f"stage {job.stage.name!r}: generation.backend: vllm reads full weights, and {model} is an adapter; set "
+            "lora.merge: true in the stage before, or use transformers"
+        )
+    fingerprint = f"vllm {model_fingerprint(model)} {sampling}"
+    return VLLMGenerator(model, load_tokenizer(model, job.chat_template), sampling, fingerprint)
 
 
 def open_journal(job: Job, digest: str, info: dict[str, Any], name: str = "journal.jsonl") -> Any:

@@ -95,7 +95,7 @@ class Writer:
             ]
             self.journal.append_batch(batch_id, records)
             if self.on_batch is not None:
-                tokens = sum(len(completion.token_ids) for completion in completions)
+                tokens = sum(completion.new_tokens for completion in completions)
                 elapsed = time.monotonic() - start
                 done = position + 1
                 self.on_batch(Progress(role, number, done, len(batches), len(batch), tokens, elapsed))
@@ -109,7 +109,7 @@ class Writer:
             "token_ids": list(completion.token_ids),
             "finish_reason": completion.finish_reason,
             "n_prompt": completion.prompt_tokens,
-            "n_new": len(completion.token_ids),
+            "n_new": completion.new_tokens,
             "model": fingerprint,
             "seed": seed,
         }

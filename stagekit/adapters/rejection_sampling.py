@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from stagekit.adapters.base import Method
 from stagekit.errors import Problem
-from stagekit.groups import Generation, Rewards
+from stagekit.groups import Generation, Rewards, is_function, is_server
 from stagekit.options import Positive
 
 
@@ -68,7 +68,9 @@ class RejectionSampling(Method):
         if self.top_k > self.n:
             yield Problem("method.top_k", f"{self.top_k} answers cannot be kept of n = {self.n}")
         generation = stage.generation or Generation()
-        if generation.temperature == 0 and self.n > 1 and generation.backend == "transformers":
+        if self.rounds > 1 and is_server(generation.backend):
+            yield Problem("generation.backend", "a server goes on serving the first round's model; use transformers")
+        if generation.temperature == 0 and self.n > 1 and not is_function(generation.backend):
             yield Problem("generation.temperature", f"0 gives the same answer {self.n} times; sample above 0")
         if stage.is_evaluation_only and self.rounds > 1:
             yield Problem("method.rounds", "has no effect with is_evaluation_only: true")

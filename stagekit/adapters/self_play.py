@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from stagekit.adapters.base import Method, Setting, setting
 from stagekit.adapters.references import OWNED, cache_arguments, precomputes, reference_settings
 from stagekit.errors import Problem
+from stagekit.groups import is_server
 from stagekit.options import NonNegativeFloat, Positive, PositiveFloat
 
 
@@ -72,6 +73,10 @@ class SelfPlay(Method):
             )
         if stage.generation is not None and "temperature" in stage.generation.model_fields_set:
             yield Problem("generation.temperature", "belongs to method.temperature")
+        if self.iterations > 1 and stage.generation is not None and is_server(stage.generation.backend):
+            yield Problem(
+                "generation.backend", "a server goes on serving the first iteration's model; use transformers"
+            )
         if self.stop_at_margin is not None and stage.logging_steps == 0:
             yield Problem("method.stop_at_margin", "reads what is logged; set logging_steps above 0")
         if stage.is_evaluation_only:
