@@ -58,14 +58,17 @@ def decode(
     device = next(model.parameters()).device
     distinct = list(dict.fromkeys(map(tuple, prompts)))
     places = {prompt: place for place, prompt in enumerate(distinct)}
-    cache, mask, logits = _prefill(model, distinct, pad, device)
+    reader, most = _Reader(model), max(limits)
+    cache, mask, logits = _prefill(reader, distinct, pad, device)
+    width, positions = mask.shape[1], mask.sum(-1)
     shared = torch.tensor([places[tuple(prompt)] for prompt in prompts], device=device)
     if len(distinct) < len(prompts):
         cache.batch_select_indices(shared)
-    mask, logits = mask[shared], logits[shared]
+    mask = torch.cat([mask[shared], mask.new_ones(len(prompts), most)], dim=1)  # read up to the token that is next
+    positions, logits = positions[shared], logits[shared]
     draw = _drawer(sampling, len(prompts), device)
     written: list[list[int]] = [[] for _ in prompts]
-    rows, most = list(range(len(prompts))), max(limits)  # the places in the batch, of rows in the cache
+    rows = list(range(len(prompts)))  # those in the cache, by their places in the batch
     active = set(rows)
     for step in range(1, most + 1):
         tokens = draw(logits, rows)
@@ -82,35 +85,48 @@ def decode(
             keep = [place for place, row in enumerate(rows) if row in active]
             kept = torch.tensor(keep, device=device)
             cache.batch_select_indices(kept)
-            mask, tokens, rows = mask[kept], tokens[kept], [rows[place] for place in keep]
-        mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
-        logits = _forward(model, tokens[:, None], mask, cache)
+            mask, positions, tokens = mask[kept], positions[kept], tokens[kept]
+            rows = [rows[place] for place in keep]
+        logits = reader.read(tokens[:, None], mask[:, : width + step], positions[:, None], cache)
+        positions = positions + 1
     return written
 
 
+class _Reader:
+    """The model, reading tokens into a cache."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self.config = base.config
+        self._last_only = {"logits_to_keep": 1} if base._supports_logits_to_keep() else {}
+
+    def read(
+        self, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, cache: DynamicCache
+    ) -> torch.Tensor:
+        """The logits (B, V) after the last of the new tokens `ids` (B, T), which stand at `positions` (B, T)."""
+        output = self.model(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            **self._last_only,
+        )
+        logits: torch.Tensor = output.logits[:, -1].float()
+        return logits
+
+
 def _prefill(
-    model: Any, prompts: Sequence[Sequence[int]], pad: int, device: torch.device
+    reader: _Reader, prompts: Sequence[Sequence[int]], pad: int, device: torch.device
 ) -> tuple[DynamicCache, torch.Tensor, torch.Tensor]:
     """Read left-padded prompts: the cache, the mask (P, T), and the logits (P, V) of the first new token."""
     width = max(map(len, prompts))
     ids = torch.tensor([[pad] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=device)
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    cache = DynamicCache(config=base.config)
+    cache = DynamicCache(config=reader.config)
     cache.layers = [_GrowingLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
-    return cache, mask, _forward(model, ids, mask, cache)
-
-
-def _forward(model: Any, ids: torch.Tensor, mask: torch.Tensor, cache: DynamicCache) -> torch.Tensor:
-    """The logits (B, V) after the last of the new tokens `ids` (B, T); the cache takes them in."""
-    positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    last_only = {"logits_to_keep": 1} if base._supports_logits_to_keep() else {}
-    output = model(
-        input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, **last_only
-    )
-    logits: torch.Tensor = output.logits[:, -1].float()
-    return logits
+    return cache, mask, reader.read(ids, mask, (mask.cumsum(-1) - 1).clamp(min=0), cache)
 
 
 def _drawer(sampling: Sampling, rows: int, device: torch.device) -> Callable[[torch.Tensor, list[int]], torch.Tensor]:
