@@ -26,7 +26,7 @@ class RejectionSampling(Method):
     reward: Rewards = None
     """What scores the answers: a function `f(prompts, completions, **columns) -> list[float | None]`, a reward model
     (`stage:NAME`, a path), or a list of those with weights. Needed. A reward that raises or gives NaN stops the stage;
-    None leaves an answer out. The data's other columns reach a function by name; of a mix of sets only `source` does."""
+    None leaves an answer out. The data's other columns reach a function by name; of a mix of sets, only `source`."""
 
     n: Positive = 10
     """Answers sampled for every prompt, 4 to 32. A prompt that stands twice in the data is sampled twice as often."""
