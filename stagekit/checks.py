@@ -129,10 +129,8 @@ def _references(
             if not found and path == _scorer_path(stage):
                 yield from _scores(path, seen[name])
             elif path.startswith(f"{stage.path}.method.reward"):
-                if not found and (seen[name].method.artifact != "reward_model" or not trains(seen[name])):
-                    yield Problem(
-                        path, f"stage {name!r} leaves no reward model; name a reward or process_reward stage"
-                    )
+                if not found:
+                    yield from _rewards_with(stage, path, seen[name])
             elif not found and not gives_policy(seen[name]) and not _goes_on(stage, path, seen[name]):
                 yield Problem(path, f"stage {name!r} leaves no model ({_why_no_policy(seen[name])})")
     for path, value in data_of(stage):
@@ -152,6 +150,17 @@ def _references(
             yield Problem(
                 path, f"stage {name!r} leaves no dataset {dataset!r}; it leaves: {have} (write stage:{name}/DATASET)"
             )
+
+
+def _rewards_with(stage: "TrainingStage", path: str, before: "TrainingStage") -> Iterable[Problem]:
+    """A stage that is to score answers leaves a reward model, of a kind that the stage can use."""
+    kinds = {"SEQ_CLS": "reward", "TOKEN_CLS": "process_reward"}
+    if not trains(before) or before.method.task not in stage.method.scored_by:
+        leaves = _why_no_policy(before) if not trains(before) else f"it is a {before.method.type} stage"
+        named = " or ".join(kinds[task] for task in sorted(stage.method.scored_by))
+        yield Problem(
+            path, f"stage {before.name!r} leaves no reward model to score with ({leaves}); name a {named} stage"
+        )
 
 
 def _goes_on(stage: "TrainingStage", path: str, before: "TrainingStage") -> bool:
@@ -265,7 +274,7 @@ def functions_of(stage: "TrainingStage") -> Iterator[tuple[str, Any]]:
     for option, reward in rewards_of(stage):
         if is_function(reward.source):
             yield option, reward.source
-    if stage.generation is not None and stage.generation.backend != "transformers":
+    if stage.generation is not None and is_function(stage.generation.backend):
         yield "generation.backend", stage.generation.backend
 
 

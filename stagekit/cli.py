@@ -76,6 +76,7 @@ def _parser() -> argparse.ArgumentParser:
     status = command("status", _status, "show the stages of a run folder: progress and results")
     status.add_argument("folder", metavar="RUN", type=Path)
     status.add_argument("--json", action="store_true", help="print JSON")
+    status.add_argument("--samples", metavar="N", type=int, default=0, help="the texts of N prompts of every stage")
     return parser
 
 
@@ -171,7 +172,7 @@ def _status(given: argparse.Namespace) -> int:
     from stagekit.report import show_status, status
 
     if given.json:
-        print(json.dumps(status(given.folder), indent=2, default=str))
+        print(json.dumps(status(given.folder, given.samples), indent=2, default=str))
     else:
-        show_status(given.folder)
+        show_status(given.folder, given.samples)
     return 0

@@ -4,11 +4,11 @@ import dataclasses
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from stagekit.errors import Interrupted, StageError
-from stagekit.groups import Generation
+from stagekit.errors import StageError
+from stagekit.generating import free_memory, generator_for, open_journal, progress, write_datasets
+from stagekit.groups import Generation, is_function
 from stagekit.job import Job
-from stagekit.options import function_name
-from stagekit.requests import Generator, Sampling, ScriptedGenerator
+from stagekit.requests import Generator
 
 
 if TYPE_CHECKING:
@@ -22,14 +22,13 @@ def prepare(job: Job, method: "Constitutional") -> Job:
     """
     from datasets import Dataset
 
-    from stagekit.rows import write_jsonl
     from stagekit.trainers import constitutional as cai
 
     prompts = _prompts(job, method)
     principles = _principles(method)
     generation = job.stage.generation or Generation()
     arguments: dict[str, Any] = {
-        "policy": _generator(job, job.model.generates if job.model else None, generation),
+        "policy": generator_for(job, job.model.generates if job.model else None, generation),
         "critic": _critic(job, method, generation),
         "principles": principles,
         "rounds": method.rounds,
@@ -39,21 +38,15 @@ def prepare(job: Job, method: "Constitutional") -> Job:
         "batch_tokens": generation.batch_tokens,
     }
     digest = cai.plan_digest(prompts, **arguments)
-    with _journal(job, digest, arguments["policy"]) as journal:
+    with open_journal(job, digest, {"policy": arguments["policy"].fingerprint}) as journal:
         revisions = cai.revise(
             prompts, journal=journal, on_batch=_progress(job, method.rounds), should_stop=job.stop, **arguments
         )
     arguments.clear()
-    _free()
+    free_memory()
     rows = cai.sft_rows(revisions, method.target)
     pairs = cai.preference_rows(revisions)
-    files = {
-        "revisions": job.folder / "data" / "revisions.jsonl",
-        "preferences": job.folder / "data" / "preferences.jsonl",
-    }
-    files["revisions"].parent.mkdir(exist_ok=True)
-    write_jsonl(rows, files["revisions"])
-    write_jsonl(pairs, files["preferences"])
+    files = write_datasets(job, {"revisions": rows, "preferences": pairs})
     for number, sample in enumerate(cai.samples(revisions, 3), start=1):
         job.show.sample(f"  sample {number}", sample)
     counted = cai.drops(revisions, method.target)
@@ -90,102 +83,31 @@ def _principles(method: "Constitutional") -> tuple[Any, ...]:
     return principles_from([one if isinstance(one, str) else one.model_dump() for one in method.principles])
 
 
-def _generator(job: Job, model: str | None, generation: Generation) -> Generator:
-    """Who writes: the model in the stage's precision, or the function that stands in for it."""
-    sampling = Sampling(
-        temperature=generation.temperature,
-        top_p=generation.top_p,
-        top_k=generation.top_k,
-        batch_tokens=generation.batch_tokens,
-    )
-    if generation.backend != "transformers":
-        from stagekit.custom import resolve
-
-        name = function_name(generation.backend)
-        return ScriptedGenerator(resolve(generation.backend), fingerprint=f"{name} {sampling}")
-    if model is None:
-        raise StageError(f"stage {job.stage.name!r} has no model to generate with")
-    import torch
-
-    from stagekit.generation import TransformersGenerator
-    from stagekit.models import load_policy, load_tokenizer, model_fingerprint
-
-    bf16 = bool(job.setting("bf16"))
-    lora = job.stage.lora
-    quantization = None
-    if lora is not None and lora.bits is not None:
-        from stagekit.models import bnb_config
-
-        quantization = bnb_config(lora.bits, torch.bfloat16 if bf16 else torch.float32)
-    loaded = load_policy(
-        model,
-        dtype=torch.bfloat16 if bf16 else torch.float32,
-        quantization=quantization,
-        device_map="auto" if torch.cuda.is_available() else None,
-    )
-    tokenizer = load_tokenizer(model, job.chat_template)
-    fingerprint = f"{model_fingerprint(model)} {loaded.dtype} {lora.bits if lora else None} {sampling}"
-    return TransformersGenerator(loaded, tokenizer, sampling, fingerprint, on_token=_heartbeat(job))
-
-
 def _critic(job: Job, method: "Constitutional", generation: Generation) -> Generator | None:
     name = method.critique_model
-    if name is None or generation.backend != "transformers":
+    if name is None or is_function(generation.backend):
         return None
+    generation = generation.model_copy(update={"backend": "transformers"})
     if isinstance(name, str) and name.startswith("stage:"):
         policy = job.results[name.removeprefix("stage:")].policy
         if policy is None:
             raise StageError(f"stage {job.stage.name!r}: critique_model {name!r} left no model")
-        return _generator(job, policy, generation)
+        return generator_for(job, policy, generation)
     from stagekit.models import local_model
 
-    return _generator(job, local_model(name, where=f"{job.stage.path}.method.critique_model"), generation)
-
-
-def _journal(job: Job, digest: str, policy: Generator) -> Any:
-    """The stage's journal. One of other settings is moved aside under its own digest, so that nothing is lost."""
-    from stagekit.journal import Journal
-
-    path = job.folder / "journal.jsonl"
-    if path.exists():
-        before = Journal.read(path).digest if path.stat().st_size else ""
-        if before and before != digest:
-            aside = path.with_name(f"journal-{before[:12]}.jsonl")
-            path.rename(aside)
-            job.show.line(f"  texts of other settings are kept in {aside.name}; these are written anew")
-    return Journal.open(path, digest, {"policy": policy.fingerprint, "stage": job.stage.name})
+    return generator_for(job, local_model(name, where=f"{job.stage.path}.method.critique_model"), generation)
 
 
 def _progress(job: Job, rounds: int) -> Any:
     """A progress line per phase; the phases are known beforehand, so the user sees how many are left."""
     total = 1 + 2 * rounds
-    bars: dict[str, Any] = {}
 
-    def show(done: Any) -> None:
+    def title(done: Any) -> str:
         number = 1 if done.role == "initial" else 2 * done.round + (0 if done.role == "critique" else 1)
         name = {"initial": "answers", "critique": "critiques", "revision": "revisions"}[done.role]
-        title = f"{number}/{total} {name}" + (f", round {done.round}" if done.round else "")
-        if title not in bars:
-            bars[title] = job.show.progress(title, done.batches, "batch", "batches")
-            bars[title].update(done.batch - 1, ago=done.duration_seconds)
-        rate = done.new_tokens / max(done.duration_seconds, 1e-9)
-        bars[title].update(done.batch, f", {rate:.0f} tokens/s")
+        return f"{number}/{total} {name}" + (f", round {done.round}" if done.round else "")
 
-    return show
-
-
-def _heartbeat(job: Job) -> Any:
-    """Between two batches minutes can pass: show how far the one under way is, and leave it when asked to stop."""
-    bars: dict[str, Any] = {}
-
-    def beat(rows: int, tokens: int, most: int) -> None:
-        if job.stop():
-            raise Interrupted(f"stage {job.stage.name!r} stopped while it was writing a batch of {rows} texts")
-        if tokens == 1 or "bar" not in bars:
-            bars["bar"] = job.show.progress(f"writing {rows} texts", most, "token", "tokens", passing=True)
-        bars["bar"].update(tokens)
-
-    return beat
+    return progress(job, title)
 
 
 def _said(dropped: Mapping[str, int]) -> str:
@@ -198,14 +120,3 @@ def _show_refusals(job: Job, metrics: Mapping[str, float]) -> None:
         job.show.line(
             "  refusals among first answers: " + ", ".join(f"{name} {value:.0%}" for name, value in rates.items())
         )
-
-
-def _free() -> None:
-    """Give the generating models back before the trainer loads its own."""
-    import gc
-    import sys
-
-    gc.collect()
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_available():
-        torch.cuda.empty_cache()

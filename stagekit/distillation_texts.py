@@ -4,8 +4,9 @@ import dataclasses
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
-from stagekit.constitution import _free, _generator, _heartbeat, _journal, _progress, _said
+from stagekit.constitution import _said
 from stagekit.errors import ConfigError, StageError
+from stagekit.generating import free_memory, generator_for, heartbeat, open_journal, progress
 from stagekit.groups import Generation
 from stagekit.job import Job
 
@@ -50,10 +51,11 @@ def prepare(job: Job, teacher: Any, quantization: Any) -> Job:
         "batch_tokens": generation.batch_tokens,
     }
     digest = cai.plan_digest(prompts, **arguments)
-    with _journal(job, digest, arguments["policy"]) as journal:
-        found = cai.revise(prompts, journal=journal, on_batch=_progress(job, 0), should_stop=job.stop, **arguments)
+    titles = progress(job, lambda done: "answers of the teacher")
+    with open_journal(job, digest, {"policy": arguments["policy"].fingerprint}) as journal:
+        found = cai.revise(prompts, journal=journal, on_batch=titles, should_stop=job.stop, **arguments)
     arguments.clear()
-    _free()
+    free_memory()
     dropped = Counter(reason for trace in found.traces if (reason := _why_not(trace)) is not None)
     rows = [
         {"prompt": list(trace.prompt.messages), "completion": [{"role": "assistant", "content": trace.initial.text}]}
@@ -83,7 +85,7 @@ def _why_not(trace: "Trace") -> str | None:
 def _teacher(job: Job, teacher: Any, quantization: Any, generation: Generation) -> "Generator":
     """Who writes: the teacher in its own dtype, or the function that stands in for it."""
     if generation.backend != "transformers":
-        return _generator(job, None, generation)
+        return generator_for(job, teacher if isinstance(teacher, str) else None, generation)
     import torch
 
     from stagekit.generation import TransformersGenerator, weights_fingerprint
@@ -98,4 +100,4 @@ def _teacher(job: Job, teacher: Any, quantization: Any, generation: Generation) 
     else:
         loaded, name, identity = teacher, teacher.name_or_path, weights_fingerprint(teacher)
     fingerprint = f"{identity} {loaded.dtype} {quantization is not None} {sampling}"
-    return TransformersGenerator(loaded, load_tokenizer(name), sampling, fingerprint, on_token=_heartbeat(job))
+    return TransformersGenerator(loaded, load_tokenizer(name), sampling, fingerprint, on_token=heartbeat(job))

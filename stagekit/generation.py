@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
+from stagekit.decoding import can_decode, decode
 from stagekit.errors import ConfigError
 from stagekit.requests import Completion, FinishReason, Message, Request, Sampling
 
@@ -71,25 +72,44 @@ class TransformersGenerator:
         """Answer one batch, in the order of the requests; each row is cut at its own `max_new_tokens`."""
         if not requests:
             return []
-        prompts = [self.prompt_ids(request.messages) for request in requests]
-        width = max(len(ids) for ids in prompts)
-        pad, eos = self._pad_id(), self._eos_ids()
-        input_ids = torch.tensor([[pad] * (width - len(ids)) + ids for ids in prompts])
-        mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts])
-        config = self._config(max(request.max_new_tokens for request in requests), pad, eos)
+        prompts = self._prompts_of(requests)
+        pad, eos, limits = self._pad_id(), self._eos_ids(), [request.max_new_tokens for request in requests]
+        config = self._config(max(limits), pad, eos)
         device = next(self.model.parameters()).device
         with torch.no_grad(), _seeded(seed), self._autocast(device), generating(self.model, config):
-            output = self.model.generate(
-                input_ids=input_ids.to(device),
-                attention_mask=mask.to(device),
-                generation_config=config,
-                stopping_criteria=self._heartbeat(width, config.max_new_tokens),
-            )
-        rows = output[:, width:].tolist()
+            if can_decode(self.model):
+                rows = decode(
+                    self.model, prompts, limits, sampling=self.sampling, eos=eos, pad=pad, on_token=self.on_token
+                )
+            else:
+                rows = self._generate_plainly(prompts, config, device)
         return [
-            self._completion(row[: request.max_new_tokens], eos, len(ids))
-            for row, request, ids in zip(rows, requests, prompts, strict=True)
+            self._completion(row[:limit], eos, len(ids)) for row, limit, ids in zip(rows, limits, prompts, strict=True)
         ]
+
+    def _prompts_of(self, requests: Sequence[Request]) -> list[list[int]]:
+        """The prompts' token ids; a conversation that several requests share is laid out once."""
+        known: dict[int, list[int]] = {}
+        for request in requests:
+            if id(request.messages) not in known:
+                known[id(request.messages)] = self.prompt_ids(request.messages)
+        return [known[id(request.messages)] for request in requests]
+
+    def _generate_plainly(
+        self, prompts: Sequence[Sequence[int]], config: GenerationConfig, device: torch.device
+    ) -> list[list[int]]:
+        """By transformers' own loop: for models whose state is no cache of keys and values."""
+        width, pad = max(len(ids) for ids in prompts), config.pad_token_id
+        input_ids = torch.tensor([[pad] * (width - len(ids)) + list(ids) for ids in prompts])
+        mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts])
+        output = self.model.generate(
+            input_ids=input_ids.to(device),
+            attention_mask=mask.to(device),
+            generation_config=config,
+            stopping_criteria=self._heartbeat(width, config.max_new_tokens),
+        )
+        rows: list[list[int]] = output[:, width:].tolist()
+        return rows
 
     def _heartbeat(self, prompt_width: int, most: int) -> StoppingCriteriaList:
         """Criteria that never stop, but tell how far the batch is."""

@@ -275,17 +275,27 @@ class Gate(Options):
     stop: the stage fails, and with it the run."""
 
 
+def is_server(backend: Any) -> bool:
+    """Whether a backend is the URL of a server."""
+    return isinstance(backend, str) and backend.startswith(("http://", "https://"))
+
+
 def _backend(value: Any) -> Any:
-    if value == "transformers" or (isinstance(value, str) and ":" in value) or callable(value):
-        return value if value == "transformers" else check_function(value)
-    raise wrong(f"is 'transformers', or a function named as 'package.module:function', not {shown(value)}")
+    if value in ("transformers", "vllm") or is_server(value):
+        return value
+    if callable(value) or (isinstance(value, str) and ":" in value):
+        return check_function(value)
+    raise wrong(
+        "is 'transformers', 'vllm', the URL of a server (http://HOST:PORT/v1, with #MODEL where it serves several), "
+        f"or a function named as 'package.module:function', not {shown(value)}"
+    )
 
 
 Backend = Annotated[
     Any,
     BeforeValidator(_backend),
     PlainSerializer(lambda value: function_name(value), return_type=str),
-    WithJsonSchema({"type": "string", "pattern": r"^(transformers|[\w.]+:[\w.]+)$"}),
+    WithJsonSchema({"type": "string", "pattern": r"^(transformers|vllm|https?://.+|[\w.]+:[\w.]+)$"}),
 ]
 
 
@@ -308,7 +318,10 @@ class Generation(Options):
     """Padded tokens (prompt and reply) of one batch at most: bounds the memory."""
 
     backend: Backend = "transformers"
-    """`transformers`, or a function `messages -> text` that answers instead of the model (scripted, for tests)."""
+    """`transformers`; `vllm` (its offline engine; needs the package and a GPU); the URL of an OpenAI-compatible server
+    that serves the stage's model, as `http://HOST:PORT/v1`, with `#MODEL` behind it where it serves several (its key
+    is read from the environment variable OPENAI_API_KEY); or a function `messages -> text` that answers instead of the
+    model (scripted, for tests)."""
 
 
 VERIFIERS = ("exact", "numeric", "regex", "json_schema", "format")

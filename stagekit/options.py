@@ -51,6 +51,13 @@ def check_function(value: object) -> object:
     )
 
 
+def is_function_name(text: str) -> bool:
+    """Whether a text names a function; what a model's name may begin with (`stage:`, `package:`) is none."""
+    module, colon, name = text.partition(":")
+    parts = [*module.split("."), *name.split(".")]
+    return bool(colon) and module not in {"stage", "package"} and all(part.isidentifier() for part in parts)
+
+
 Function = Annotated[
     Any,
     BeforeValidator(check_function),

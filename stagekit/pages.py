@@ -18,6 +18,8 @@ FOLDER = Path("docs/stages")
 _EXAMPLES: dict[str, str] = {
     "constitutional": "generation: {max_new_tokens: 256}",
     "evaluation": "validation_data: rows.jsonl",
+    "rejection_sampling": "generation: {max_new_tokens: 256}",
+    "self_play": "generation: {max_new_tokens: 256}",
 }
 """A line that a type's example has beside those of all."""
 
@@ -26,6 +28,7 @@ _METHODS: dict[str, str] = {
     "distillation": "{type: distillation, teacher: my/teacher}",
     "ppo": "{type: ppo, reward: stage:my-reward}",
     "grpo": "{type: grpo, reward: my_package.my_module:my_reward}",
+    "rejection_sampling": "{type: rejection_sampling, reward: my_package.my_module:my_reward}",
     "rloo": "{type: rloo, reward: stage:my-reward}",
     "online_dpo": "{type: online_dpo, reward: stage:my-reward}",
 }

@@ -5,12 +5,6 @@ from collections.abc import Mapping
 
 PENDING: Mapping[str, str] = {
     "sync_batch_norm": "batch normalisation over several GPUs; decoder language models have no layer of it",
-    "self_play_iterations": "the self-play trainer",
-    "self_play_temperature": "the self-play trainer",
-    "self_play_responses_per_prompt": "the self-play trainer",
-    "rejection_sampling_n": "the rejection sampling trainer",
-    "rejection_sampling_top_k": "the rejection sampling trainer",
-    "rejection_sampling_min_reward": "the rejection sampling trainer",
 }
 """Flat name -> what is missing."""
 

@@ -108,13 +108,8 @@ def _rows_to_train(stage: "TrainingStage", data: Mapping[str, dict[str, Any]]) -
     else:
         mixed, read = {}, sum(counts.values())
         read = min(read, stage.max_training_samples or read)
-    if stage.method.type != "constitutional":
-        return {"read": read, "trained": read}
-    method: Any = stage.method
-    unrevised = sum(mixed.get(name, 0) for name in method.unrevised)
-    revised = read - unrevised
-    most = revised * (method.rounds if method.target == "all" else 1) + unrevised
-    return {"read": read, "trained": most, "made": {"preferences": revised, "revisions": most}}
+    trained, made = stage.method.rows_made(read, mixed)
+    return {"read": read, "trained": trained, **({"made": dict(made)} if made else {})}
 
 
 def _of_several(stage: "TrainingStage", count: int) -> Iterator[str]:
@@ -129,10 +124,10 @@ def _steps(stage: "TrainingStage", rows: Mapping[str, Any], processes: int) -> i
         return 0
     given = {setting.target: setting.value for setting in settings_of(stage)}
     if given["max_steps"] > 0:
-        return int(given["max_steps"])
+        return int(given["max_steps"]) * stage.method.trainings()
     if rows["trained"] is None:
         return None
-    return stage.method.steps(given, int(rows["trained"]), processes)
+    return stage.method.steps(given, int(rows["trained"]), processes) * stage.method.trainings()
 
 
 def _notes_on_rates(stage: "TrainingStage", steps: int | None) -> Iterator[str]:

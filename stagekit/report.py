@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from stagekit import audit
 from stagekit.adapters import METHODS
 from stagekit.errors import ConfigError
 from stagekit.parse import read
@@ -21,8 +22,9 @@ _LOADED_BY = {
 }
 
 
-def status(folder: Path) -> dict[str, Any]:
-    """The run in `folder`: its name, and per stage the result, or how far it is.
+def status(folder: Path, samples: int = 0) -> dict[str, Any]:
+    """The run in `folder`: its name, and per stage the result, or how far it is; with the texts of `samples` prompts
+    of every stage that writes, and what each principle did.
 
     Raises:
         ConfigError: there is no run.
@@ -54,6 +56,8 @@ def status(folder: Path) -> dict[str, Any]:
             )
         elif path.is_dir():
             entry["status"] = "begun"
+        if samples > 0 and (path / "journal.jsonl").is_file():
+            entry.update(samples=audit.samples(path, samples), principles=audit.principles(path))
         stages.append(entry)
     return {"name": declared.get("name", "pipeline"), "folder": str(folder), "stages": stages}
 
@@ -63,15 +67,16 @@ def _progress(path: Path) -> dict[str, int]:
     found = {}
     journal, metrics = path / "journal.jsonl", path / "metrics.jsonl"
     if journal.is_file():
-        found["texts"] = sum(1 for line in journal.open("rb") if line.startswith(b'{"type": "record"'))
+        with journal.open("rb") as lines_of_journal:
+            found["texts"] = sum(1 for line in lines_of_journal if line.startswith(b'{"type": "record"'))
     if metrics.is_file() and (lines := metrics.read_text(encoding="utf-8").splitlines()):
         found["step"] = int(json.loads(lines[-1]).get("step", 0))
     return found
 
 
-def show_status(folder: Path) -> None:
-    """Print the status of a run."""
-    said = status(folder)
+def show_status(folder: Path, samples: int = 0) -> None:
+    """Print the status of a run, and the texts of `samples` prompts of every stage that writes."""
+    said = status(folder, samples)
     rows = []
     for number, stage in enumerate(said["stages"], start=1):
         progress = ", ".join(f"{name} {count}" for name, count in stage["progress"].items())
@@ -80,7 +85,28 @@ def show_status(folder: Path) -> None:
         reason = str(stage.get("reason") or "").partition("\n")[0]
         rows.append((str(number), stage["name"], stage["status"], progress, taken, memory, reason))
     head = ("", "stage", "status", "progress", "time", "memory", "why")
-    Show().table(f"{said['name']} in {said['folder']}", head, rows)
+    show = Show()
+    show.table(f"{said['name']} in {said['folder']}", head, rows)
+    for stage in said["stages"]:
+        _show_texts(show, stage)
+
+
+def _show_texts(show: Show, stage: dict[str, Any]) -> None:
+    """The texts of a stage's samples, and what its principles did."""
+    for number, text in enumerate(stage.get("samples", ())):
+        before = stage["samples"][number - 1]["prompt"] if number else None
+        if text["prompt"] != before:
+            show.line()
+            show.sample(f"{stage['name']}: {text['prompt']}", {})
+        told = [text["finish_reason"], f"{text['tokens']} tokens", text["principle"]]
+        told += [f"reward {text['reward']:.4g}"] if text["reward"] is not None else []
+        show.sample(f"  {text['role']} {text['round']}", {", ".join(one for one in told if one): text["text"]})
+    rows = [
+        (name, str(one["revisions"]), f"{one['changed']:.0%}") for name, one in stage.get("principles", {}).items()
+    ]
+    if rows:
+        show.line()
+        show.table(f"{stage['name']}: what each principle did", ("principle", "revisions", "changed the answer"), rows)
 
 
 def show_end(result: PipelineResult) -> None:

@@ -23,13 +23,20 @@ class Completion:
     """One text generated.
 
     `token_ids` are the new tokens without EOS and padding. `finish_reason` is "stop" if and only if an EOS ended the
-    text; "length": it was cut at `max_new_tokens`; "error": the back end gave nothing to use.
+    text; "length": it was cut at `max_new_tokens`; "error": the back end gave nothing to use. A back end that tells no
+    token ids leaves them empty and may say in `counted` how many there were.
     """
 
     text: str
     token_ids: tuple[int, ...]
     finish_reason: FinishReason
     prompt_tokens: int
+    counted: int | None = None
+
+    @property
+    def new_tokens(self) -> int:
+        """How many tokens the text has."""
+        return len(self.token_ids) if self.counted is None else self.counted
 
 
 @dataclass(frozen=True)

@@ -20,3 +20,13 @@ def custom(context: Any) -> dict[str, Any]:
     path = context.output_dir / "own.jsonl"
     path.write_text('{"text": "Hello there, how are you?"}\n' * 4)
     return {"metrics": {"rows": len(context.train_dataset or [])}, "datasets": {"own": path}, "policy": context.model}
+
+
+def by_length(prompts: Any, completions: Any, **columns: Any) -> list[float]:
+    """A reward: the number of characters of an answer."""
+    return [float(len(text if isinstance(text, str) else text[0]["content"])) for text in completions]
+
+
+def by_shortness(prompts: Any, completions: Any, **columns: Any) -> list[float]:
+    """A reward: above 0, and the higher the fewer characters an answer has."""
+    return [1 / (1 + length) for length in by_length(prompts, completions)]

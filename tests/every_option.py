@@ -102,3 +102,15 @@ def texts(folder: Path) -> list[str]:
 
 def card(folder: Path) -> str:
     return (model_of(folder) / "README.md").read_text()
+
+
+def kept(folder: Path) -> list[tuple[str, float]]:
+    """The answers that a sampling stage learns, with their rewards."""
+    rows = [json.loads(line) for line in (folder / "data" / "selected.jsonl").read_text().splitlines()]
+    return [(row["completion"][0]["content"], row["reward"]) for row in rows]
+
+
+def paired(folder: Path) -> list[tuple[int, str]]:
+    """The opponent's answers that a self-play stage learns to reject, with their iteration."""
+    rows = [json.loads(line) for line in (folder / "data" / "pairs.jsonl").read_text().splitlines()]
+    return [(row["iteration"], row["rejected"][0]["content"]) for row in rows]

@@ -14,6 +14,7 @@
 | `begun` | what a run that dies while its data is preprocessed has done: calls, folder, `result.json` |
 | `told` | what the function of a custom stage is called with, and the result that it makes |
 | `texts` | what a constitutional stage writes |
+| `sampled` | what a rejection sampling or self-play stage learns after its first sampling, and how often it trains |
 | `deleted` | what is left of the stage's model once the next stage is done |
 
 None of them is the declaration itself, so an option that is stored and not read emits nothing.
@@ -21,6 +22,7 @@ None of them is the declaration itself, so an option that is stored and not read
 
 import dataclasses
 import json
+import shutil
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -107,6 +109,12 @@ EMITTED: Mapping[str, str] = {
     "use_gradual_unfreezing": "weights",
     "use_lora": "adapter r",
     "use_qlora": "quantisation",
+    "rejection_sampling_min_reward": "sampled",
+    "rejection_sampling_n": "sampled",
+    "rejection_sampling_top_k": "sampled",
+    "self_play_iterations": "sampled",
+    "self_play_responses_per_prompt": "sampled",
+    "self_play_temperature": "sampled",
     "use_reference_model": "trainer",
     "validation_data": "rows",
 }
@@ -118,6 +126,7 @@ OF_KIND: Mapping[tuple[str, str], str] = {
     ("shuffle_data", "custom"): "rows",
     ("random_seed", "custom"): "told",
     ("metadata", "custom"): "told",
+    ("reward_model", "rejection_sampling"): "sampled",
     ("tags", "evaluation"): "begun tags",  # no model, no model card
     ("tags", "custom"): "begun tags",
 }
@@ -177,6 +186,12 @@ class Place:
             return {"method": {"type": "custom", "function": "tests.option_pairs:tell"}}
         if kind == "evaluation":
             return {"method": "evaluation", "validation_data": "validation"}
+        if kind == "rejection_sampling":
+            writes = {"rejection_sampling_n": 6, "generation": {"max_new_tokens": 24}}
+            return {"method": kind, "reward_model": "tests.answers:by_length", "training_data": "rows", **writes}
+        if kind == "self_play":
+            few = {"self_play_iterations": 1, "self_play_responses_per_prompt": 1}
+            return {"method": kind, "training_data": "rows", **few, "generation": {"max_new_tokens": 24}}
         if kind == "online_dpo":
             return {"method": {"type": kind, "reward": VOWELS}, "training_data": "rows"}
         if kind in SAMPLING:
@@ -200,12 +215,13 @@ class Place:
         return str(path)
 
     def data(self, kind: str, word: str) -> str:
-        if kind == "constitutional" or kind in SAMPLING:
+        if kind in {"constitutional", "rejection_sampling", *SAMPLING}:
             return self.files["prompts" if word == "rows" else "validation"]
         name = {
             "process_reward": "steps",
             "sft": "rows",
             "distillation": "rows",
+            "self_play": "rows",
             "evaluation": "rows",
             "custom": "rows",
         }.get(kind, "pairs")
@@ -279,14 +295,15 @@ def rows(place: Place, stage: TrainingStage, name: str) -> Any:
 
 
 def trained(place: Place, stage: TrainingStage) -> tuple[Job, Any]:
-    """The stage's trainer as it is built; a constitutional one learns rows that are there."""
+    """The stage's trainer as it is built; one that writes what it learns gets rows that are there."""
     from datasets import load_dataset
 
     from stagekit.building import build
 
     job = place.job(stage)
-    if stage.method.type == "constitutional":
-        written = load_dataset("json", data_files=place.files["rows"], split="train")
+    learns = {"constitutional": "rows", "rejection_sampling": "rows", "self_play": "pairs"}
+    if stage.method.type in learns:
+        written = load_dataset("json", data_files=place.files[learns[stage.method.type]], split="train")
         job = dataclasses.replace(job, train_dataset=written)
     return job, build(job, None)[0]
 
@@ -342,13 +359,30 @@ def told(place: Place, stage: TrainingStage, name: str) -> Any:
 
 
 def written_texts(place: Place, stage: TrainingStage, name: str) -> Any:
-    import shutil
-
     job = place.job(stage)
     shutil.rmtree(job.folder)
     job.folder.mkdir()
     stage.method.prepare(job)
     return texts(job.folder)
+
+
+def sampled_rows(place: Place, stage: TrainingStage, name: str) -> Any:
+    job = place.job(stage)
+    shutil.rmtree(job.folder)
+    job.folder.mkdir()
+    return sampled(job).train_dataset.to_list(), stage.method.trainings()
+
+
+def sampled(job: Job) -> Job:
+    """The job of a first iteration, of a type that samples what it learns; of another type as it is."""
+    from stagekit import rejection, spin
+
+    method: Any = job.stage.method
+    prepare = {
+        "rejection_sampling": lambda: rejection._prepare(job, 1, method),
+        "self_play": lambda: spin._prepare(job, 1, method, job),
+    }
+    return prepare.get(method.type, lambda: job)()
 
 
 def deleted(place: Place, stage: TrainingStage, name: str) -> Any:
@@ -371,7 +405,7 @@ def deleted(place: Place, stage: TrainingStage, name: str) -> Any:
 PARTS: Mapping[str, Callable[[Place, TrainingStage, str], Any]] = {
     "argument": argument, "trainer": trainer, "adapter": adapter, "quantisation": quantisation, "hook": hook,
     "callback": callback, "rows": rows, "weights": weights, "saved": saved, "begun": begun, "told": told,
-    "texts": written_texts, "deleted": deleted,
+    "texts": written_texts, "sampled": sampled_rows, "deleted": deleted,
 }  # fmt: skip
 
 

@@ -312,3 +312,24 @@ def test_dpo_asks_for_its_reference_where_it_has_no_rows_left() -> None:
     source = inspect.getsource(DPOTrainer.__init__)
     assert "_precompute_ref_logps(" in source
     assert "precompute_ref_log_probs" in inspect.signature(DPOConfig).parameters
+
+
+def test_a_cache_is_a_list_of_layers_that_can_be_replaced_and_whose_rows_can_be_chosen(tiny_model: Any) -> None:
+    """`stagekit.decoding` puts layers of its own into the cache, and selects rows."""
+    from transformers import DynamicCache
+    from transformers.cache_utils import DynamicLayer
+
+    cache = DynamicCache(config=tiny_model.config)
+    assert [type(layer) for layer in cache.layers] == [DynamicLayer] * 2
+    assert list(inspect.signature(DynamicLayer.update).parameters)[:3] == ["self", "key_states", "value_states"]
+    assert list(inspect.signature(DynamicLayer.lazy_initialization).parameters) == [
+        "self",
+        "key_states",
+        "value_states",
+    ]
+    tiny_model(torch.tensor([[5, 6], [7, 8]]), past_key_values=cache, use_cache=True)
+    before = cache.layers[0].keys
+    cache.batch_select_indices(torch.tensor([1, 1, 0]))
+    assert torch.equal(cache.layers[0].keys, before[[1, 1, 0]])
+    assert cache.get_seq_length() == 2
+    assert tiny_model._supports_logits_to_keep() is True

@@ -100,6 +100,10 @@ BESIDE: dict[str, dict[str, Any]] = {
         name: {"validation_data": "held.jsonl", "save_only_best": True}
         for name in ("best_checkpoint_metric", "best_checkpoint_metric_maximize")
     },
+    **{
+        name: {"reward_model": "json:loads"}
+        for name in ("rejection_sampling_n", "rejection_sampling_top_k", "rejection_sampling_min_reward")
+    },
     "is_evaluation_only": {"validation_data": "held.jsonl", "training_data": None},
     **{
         name: {"stage_type": "knowledge_distillation", "teacher_model": "a/teacher"}
@@ -128,7 +132,11 @@ def test_the_digest_changes_with_every_option_that_changes_the_result(folder: Pa
              "share_reference_model": "dpo", "reward_model": "ppo", "kl_penalty_coefficient": "ppo",
              "ppo_clip_range": "ppo", "value_function_coefficient": "ppo", "entropy_coefficient": "ppo",
              "gae_lambda": "ppo", "ppo_epochs_per_batch": "ppo", "rollout_samples": "ppo", "grpo_group_size": "grpo",
-             "grpo_use_relative_rewards": "grpo"}  # fmt: skip
+             "grpo_use_relative_rewards": "grpo",
+             "self_play_iterations": "self_play", "self_play_responses_per_prompt": "self_play",
+             "self_play_temperature": "self_play",
+             "rejection_sampling_n": "rejection_sampling", "rejection_sampling_top_k": "rejection_sampling",
+             "rejection_sampling_min_reward": "rejection_sampling"}  # fmt: skip
     default = default_of(name)
     other = OTHER[name] if name in OTHER else not default if isinstance(default, bool) else default + 1
     beside: dict[str, Any] = dict(BESIDE.get(name, {}))

@@ -25,9 +25,11 @@ from tests.every_option import (
     evaluated_steps,
     files,
     folder_name,
+    kept,
     log_keys,
     logged_steps,
     model_of,
+    paired,
     rates,
     result,
     texts,
@@ -251,6 +253,16 @@ CASES: dict[str, Case] = {
         {"update_reference_model": True, "learning_rate": 5e-3, "warmup_ratio": 0.0}, kind="dpo",
     ),
     "run_condition": Case({}, {"run_condition": never}, result("status", "reason")),
+    "rejection_sampling_min_reward": Case(
+        {"rejection_sampling_min_reward": 0.0}, {"rejection_sampling_min_reward": 25.0}, kept,
+        {"rejection_sampling_top_k": 4}, kind="rejection_sampling",
+    ),
+    "rejection_sampling_n": Case(
+        {"rejection_sampling_n": 6}, {"rejection_sampling_n": 3}, kept, kind="rejection_sampling"
+    ),
+    "rejection_sampling_top_k": Case(
+        {"rejection_sampling_top_k": 1}, {"rejection_sampling_top_k": 2}, kept, kind="rejection_sampling"
+    ),
     "save_checkpoint_after": Case(
         {"save_checkpoint_after": True}, {"save_checkpoint_after": False},
         lambda folder: model_of(folder).exists(), {"then": True},
@@ -265,6 +277,15 @@ CASES: dict[str, Case] = {
         {"scheduler_power": 1.0}, {"scheduler_power": 3.0}, rates, {"scheduler_type": "polynomial"}
     ),
     "scheduler_type": Case({"scheduler_type": "constant"}, {"scheduler_type": "linear_warmup"}, rates),
+    "self_play_iterations": Case(
+        {"self_play_iterations": 1}, {"self_play_iterations": 2}, paired, kind="self_play"
+    ),
+    "self_play_responses_per_prompt": Case(
+        {"self_play_responses_per_prompt": 3}, {"self_play_responses_per_prompt": 2}, paired, kind="self_play"
+    ),
+    "self_play_temperature": Case(
+        {"self_play_temperature": 0.7}, {"self_play_temperature": 1.5}, paired, kind="self_play"
+    ),
     "share_reference_model": Case(
         {"share_reference_model": True}, {"share_reference_model": False}, lambda folder: loads(folder), kind="dpo"
     ),
@@ -401,6 +422,21 @@ class World:
                 "rollout_samples": 8,
                 "generation": {"max_new_tokens": 6},
             },
+            "rejection_sampling": {
+                "stage_type": "rejection_sampling",
+                "training_data": "prompts",
+                "reward_model": "tests.answers:by_length",
+                "rejection_sampling_n": 6,
+                "generation": {"max_new_tokens": 24},
+            },
+            "self_play": {
+                "stage_type": "self_play",
+                "training_data": "rows",
+                "max_training_samples": 4,
+                "self_play_iterations": 1,
+                "generation": {"max_new_tokens": 24},
+                "learning_rate": 1e-4,
+            },
             "custom": {"stage_type": "custom"},
             "distillation": {
                 "stage_type": "knowledge_distillation",
@@ -410,7 +446,7 @@ class World:
             "": {},
         }
         trains = {"max_steps": 3, "batch_size": 4, "logging_steps": 1, "learning_rate": 1e-3}
-        base = {**defaults[case.kind], **({} if case.kind == "custom" else trains)}
+        base = {**({} if case.kind == "custom" else trains), **defaults[case.kind]}
         options = {"name": "stage", **base, **case.shared, **given}
         if options.get("is_evaluation_only"):
             options = {

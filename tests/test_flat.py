@@ -110,6 +110,26 @@ SELECTED = {
             "constitutional_principles": st.lists(TEXT, min_size=1, max_size=3),
         },
     ),
+    "rejection_sampling": (
+        {
+            "stage_type": st.sampled_from(["rejection_sampling", "rank_responses"]),
+            "reward_model": st.sampled_from(["pkg.mod:f", "some/model"]),
+        },
+        {
+            "rejection_sampling_n": st.integers(4, 20),
+            "rejection_sampling_top_k": st.integers(1, 4),
+            "rejection_sampling_min_reward": st.none() | st.floats(-1, 1),
+        },
+    ),
+    "self_play": (
+        {"fine_tuning_method": st.just("spin")},
+        {
+            "dpo_beta": RATE,
+            "self_play_iterations": POSITIVE,
+            "self_play_responses_per_prompt": POSITIVE,
+            "self_play_temperature": st.floats(0.1, 2),
+        },
+    ),
     "custom": (
         {"stage_type": st.just("custom"), "custom_training_function": st.just("pkg.mod:train")},
         {"training_data": st.just("rows.jsonl")},

@@ -10,6 +10,8 @@ import torch
 
 from stagekit import ConfigError, Generation, LoRA, StageError, TrainingStage
 from stagekit import training as training_module
+from stagekit.adapters import RejectionSampling, SelfPlay
+from tests.answers import by_length
 from tests.running import crash_at, run, same, stage, weights
 
 
@@ -45,6 +47,16 @@ def answer(messages: Any) -> str:
 TYPES: dict[str, dict[str, Any]] = {
     "sft": {"data": "sft"},
     "constitutional": {"data": "prompts", "generation": Generation(max_new_tokens=8, backend=answer)},
+    "rejection_sampling": {
+        "data": "prompts",
+        "generation": Generation(max_new_tokens=8, backend=answer),
+        "method": RejectionSampling(n=1, reward=by_length),
+    },
+    "self_play": {
+        "data": "sft",
+        "generation": Generation(max_new_tokens=8, backend=answer),
+        "method": SelfPlay(iterations=1, responses_per_prompt=1),
+    },
     "dpo": {"data": "dpo"},
     "kto": {"data": "dpo"},
     "orpo": {"data": "dpo"},
@@ -59,7 +71,10 @@ def test_every_training_type_trains_the_last_block_only(
     kind: str, data: dict[str, str], tiny_model_path: str, tmp_path: Path
 ) -> None:
     given = dict(TYPES[kind])
-    one = stage("s", data[given.pop("data")], kind, max_steps=2, unfreeze_top_n_layers=1, learning_rate=1e-2, **given)
+    method = given.pop("method", kind)
+    one = stage(
+        "s", data[given.pop("data")], method, max_steps=2, unfreeze_top_n_layers=1, learning_rate=1e-2, **given
+    )
     result = run(tiny_model_path, tmp_path, one)["s"]
     place = result.artifacts.get("policy") or result.artifacts["reward_model"]
     changed = moved(tiny_model_path, str(tmp_path / place))

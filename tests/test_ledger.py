@@ -24,7 +24,12 @@ OF_TYPE: Mapping[str, Mapping[str, Any]] = {
         kind: {"method": {"type": kind, "reward": "pkg.mod:f"}, "training_data": "rows.jsonl"}
         for kind in ("ppo", "grpo", "rloo", "online_dpo")
     },
+    "self_play": {"method": "self_play", "training_data": "rows.jsonl"},
     "constitutional": {"method": "constitutional", "training_data": "rows.jsonl"},
+    "rejection_sampling": {
+        "method": {"type": "rejection_sampling", "reward": "pkg.mod:f"},
+        "training_data": "rows.jsonl",
+    },
     "evaluation": {"method": "evaluation", "validation_data": "rows.jsonl"},
     "custom": {"method": {"type": "custom", "function": "pkg.mod:f"}},
     "distillation": {"method": {"type": "distillation", "teacher": "a/teacher"}, "training_data": "rows.jsonl"},
@@ -57,8 +62,6 @@ SET: Mapping[str, Any] = {
     "preference_label_smoothing": 0.1,
     "reference_model_update_interval": 5,
     "reward_model": "some/model",
-    "rejection_sampling_min_reward": 0.5,
-    "self_play_temperature": 0.5,
     "gae_lambda": 0.5,
 }
 """Values where True, False, or one more than the default will not do."""

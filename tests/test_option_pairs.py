@@ -52,6 +52,9 @@ HERE: Mapping[str, Case] = {
     "preference_label_smoothing": Case(
         {"preference_label_smoothing": 0.1}, {"preference_label_smoothing": 0.3}, curve
     ),
+    "reward_model": Case(
+        {"reward_model": "tests.answers:by_length"}, {"reward_model": "tests.answers:by_shortness"}, curve
+    ),
     "validation_data": Case({"validation_data": "rows"}, {"validation_data": "validation"}, curve),
 }
 """Cases that are of every type that carries the option; those of `test_every_option` are of one."""
@@ -133,9 +136,9 @@ def way_out(name: str, kind: str) -> tuple[str, ...]:
         return ("put it on the stage that does", "validation_data", "without training")
     return {
         "custom_loss_function": ("sft and constitutional",),
-        "distributed_strategy": ("put an sft stage on", "run under torchrun"),
+        "distributed_strategy": ("put an sft stage on", "leave it out"),
         "share_reference_model": ("leave it out", "dpo, kto"),
-        "is_evaluation_only": ("use method: evaluation",),
+        "is_evaluation_only": ("use method: evaluation", "measure with a stage of type evaluation"),
         "use_reference_model": ("use simpo or orpo", "leave it out")
         if kind in {"kto", "online_dpo"}
         else ("dpo, kto",),
@@ -182,12 +185,14 @@ NAMES: Mapping[str, Mapping[str, str]] = {
         "reward": "reward_model_training", "process_reward": "process_reward_model_training",
         "ppo": "proximal_policy_optimization", "grpo": "group_relative_policy_optimization",
         "rloo": "reinforcement_learning", "online_dpo": "reinforcement_learning",
+        "rejection_sampling": "rejection_sampling", "self_play": "self_play",
         "constitutional": "constitutional", "distillation": "knowledge_distillation", "evaluation": "evaluation",
         "custom": "custom",
     },
     "fine_tuning_method": {
         "sft": "sft", "dpo": "ipo", "kto": "kto", "orpo": "orpo", "cpo": "cpo", "simpo": "simpo",
         "ppo": "ppo", "grpo": "grpo", "rloo": "reinforce",
+        "rejection_sampling": "rso", "self_play": "spin",
         "constitutional": "constitutional_ai", "distillation": "knowledge_distillation",
     },
     "preference_loss_type": {"dpo": "hinge", "kto": "kto", "orpo": "odds_ratio", "simpo": "simple"},
@@ -207,7 +212,7 @@ def selected(place: Place, kind: str, **selectors: str) -> tuple[str, Any]:
     own = {
         "custom": {"custom_training_function": "tests.option_pairs:tell"},
         "distillation": {"teacher_model": place.model},
-        **{name: {"reward_model": VOWELS} for name in SAMPLING},
+        **{name: {"reward_model": VOWELS} for name in (*SAMPLING, "rejection_sampling")},
     }.get(kind, {})
     least = {key: place.files["rows"] for key in least if key.endswith("_data")}
     stage = TrainingStage(name="s", **least, **own, **selectors)

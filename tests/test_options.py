@@ -175,11 +175,15 @@ def test_a_function_needs_a_module_and_a_name(name: object) -> None:
     assert problems(lambda: Custom(function=name)) == [("function", message)]
 
 
-def test_the_backend_of_generation_is_transformers_or_a_function() -> None:
+def test_the_backend_of_generation_is_a_library_a_server_or_a_function() -> None:
     assert Generation(backend="pkg.mod:answer").backend == "pkg.mod:answer"
     assert Generation(backend=Doubler()).only_set().keys() == {"backend"}
     assert problems(lambda: Generation(backend="vlm")) == [
-        ("backend", "is 'transformers', or a function named as 'package.module:function', not 'vlm'")
+        (
+            "backend",
+            "is 'transformers', 'vllm', the URL of a server (http://HOST:PORT/v1, with #MODEL where it serves "
+            "several), or a function named as 'package.module:function', not 'vlm'",
+        )
     ]
 
 

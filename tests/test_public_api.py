@@ -43,19 +43,20 @@ from stagekit.adapters import (
     reference_free,
     references,
     reinforcement,
+    rejection_sampling,
     reward,
     rloo,
     scoring,
+    self_play,
     sft,
-    unbuilt,
 )
 
 
 DESCRIBING = (
     arguments, checks, digest, errors, flat, groups, ledger, measures, options, parity, parse, pending, pipeline,
     selectors, stage, stage_options, trl_fields, base, constitutional, custom, distillation, dpo, evaluation, grpo,
-    kto, online_dpo, ppo, process_reward, reference_free, references, reinforcement, reward, rloo, scoring, sft,
-    unbuilt,
+    kto, online_dpo, ppo, process_reward, reference_free, references, reinforcement, rejection_sampling, reward, rloo,
+    scoring, self_play, sft,
 )  # fmt: skip
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from stagekit import load
 from stagekit.plan import plan
-from stagekit.recipes import cai
+from stagekit.recipes import cai, rejection_sampling
 from stagekit.recipes.launch import launch
 from stagekit.result import StageResult
 
@@ -39,6 +39,25 @@ def test_every_recipe_file_opens_with_its_command_hardware_time_and_expectation(
 def test_the_file_of_the_demo_is_the_recipes_default() -> None:
     needs_smollm2()
     assert load(RECIPES / "cai" / "smollm2-135m.yaml") == cai.pipeline()
+    assert load(RECIPES / "rejection_sampling" / "smollm2-135m.yaml") == rejection_sampling.pipeline()
+
+
+def test_the_smoke_file_of_rejection_sampling_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STAGEKIT_CACHE", str(tmp_path / "cache"))
+    file = RECIPES / "rejection_sampling" / "smoke.yaml"
+    arguments = ["--config", str(file), "--output-dir", str(tmp_path / "run")]
+    assert launch(rejection_sampling.pipeline, "rejection_sampling", "", arguments) == 0
+    result = StageResult.read(tmp_path / "run" / "01-raft" / "result.json", tmp_path / "run")
+    assert result is not None and result.status == "completed"
+    assert result.metrics["reward/kept"] > result.metrics["reward/mean"]
+
+
+def test_the_toy_reward_likes_short_answers_that_end() -> None:
+    texts = ["Yes.", "Yes", "word " * 40 + "."]
+    asked: list[str] = ["Q"] * 3
+    short, open_ended, long = rejection_sampling.brief(asked, texts)
+    assert short > open_ended > long / 2 and short > long
+    assert rejection_sampling.brief(["Q"], [[{"role": "assistant", "content": "Yes."}]]) == [short]
 
 
 def test_the_smoke_file_is_the_same_pipeline_made_small() -> None:

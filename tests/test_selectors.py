@@ -159,6 +159,8 @@ def test_a_value_makes_a_stage_or_says_that_its_type_is_not_built(name: str, val
         given["teacher_model"] = "a/teacher"
     if type_ in {"ppo", "grpo", "rloo"}:
         given["reward_model"] = "stage:rm"
+    if type_ == "rejection_sampling":
+        given["reward_model"] = "pkg.mod:f"
     preset = TABLES[name][value].preset  # type: ignore[union-attr]
     if preset.get("loss") in {"robust", "conservative", "exo"}:
         given["preference_label_smoothing"] = 0.1

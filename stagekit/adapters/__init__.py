@@ -18,13 +18,11 @@ from stagekit.adapters.online_dpo import OnlineDPO
 from stagekit.adapters.ppo import PPO
 from stagekit.adapters.process_reward import ProcessReward
 from stagekit.adapters.reference_free import CPO, ORPO, SimPO
+from stagekit.adapters.rejection_sampling import RejectionSampling
 from stagekit.adapters.reward import Reward
 from stagekit.adapters.rloo import RLOO
+from stagekit.adapters.self_play import SelfPlay
 from stagekit.adapters.sft import SFT
-from stagekit.adapters.unbuilt import (
-    RejectionSampling,
-    SelfPlay,
-)
 from stagekit.options import nearest, shown
 
 

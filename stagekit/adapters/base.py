@@ -60,6 +60,8 @@ class Method(Tagged):
     """`best_checkpoint_metric` -> the key under which the trainer reports it."""
     reports: ClassVar[frozenset[str]] = frozenset()
     """What else the trainer tells of an evaluation, without `eval_`; early stopping can watch it."""
+    scored_by: ClassVar[frozenset[str]] = frozenset({"SEQ_CLS", "TOKEN_CLS"})
+    """Tasks of the reward models that can be the stage's `reward`: of whole answers, of steps."""
     perplexity: ClassVar[bool] = False
     """Whether the evaluation loss is a mean negative log-likelihood, so that its exponential means something."""
     takes_loss: ClassVar[bool] = False
@@ -100,6 +102,15 @@ class Method(Tagged):
         batches = math.ceil(math.ceil(rows / given["per_device_train_batch_size"]) / processes)
         steps: float = math.ceil(batches / given["gradient_accumulation_steps"]) * given["num_train_epochs"]
         return math.ceil(steps)
+
+    def trainings(self) -> int:
+        """How many times the stage trains, each from the model of the time before."""
+        return 1
+
+    def rows_made(self, read: int, mixed: Mapping[str, int]) -> tuple[int, Mapping[str, int]]:
+        """Of `read` rows (`mixed`: by the sets of a mix), at most how many each training learns, and how many the
+        datasets that the stage leaves have."""
+        return read, {}
 
     def step0_loss(self, stage: TrainingStage) -> float | None:
         """The loss that policy == reference must give before the first step; None where that is not so."""

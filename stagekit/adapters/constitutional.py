@@ -105,6 +105,13 @@ class Constitutional(Method):
         if names and names <= set(self.unrevised):
             yield Problem("method.unrevised", "names every set of training_data; nothing is left to revise")
 
+    def rows_made(self, read: int, mixed: Mapping[str, int]) -> tuple[int, Mapping[str, int]]:
+        """A row per round and revised prompt, and one per unrevised prompt."""
+        unrevised = sum(mixed.get(name, 0) for name in self.unrevised)
+        revised = read - unrevised
+        most = revised * (self.rounds if self.target == "all" else 1) + unrevised
+        return most, {"preferences": revised, "revisions": most}
+
     def prepare(self, job: "Job") -> "Job":
         """Write the dataset: answers, critiques, revisions, journalled text by text."""
         from stagekit.constitution import prepare

@@ -4,7 +4,7 @@ is."""
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from stagekit.adapters.base import Method, Setting, setting
@@ -39,6 +39,9 @@ _OWNED = {
 """Arguments that stagekit must know, and the option that says each."""
 
 
+ONE_PROCESS = "stages that sample were checked in one process only; leave it out"
+
+
 class Scored(Method):
     """A stage whose model samples, is scored, and learns from the scores."""
 
@@ -55,10 +58,7 @@ class Scored(Method):
 
     default_learning_rate: ClassVar = 1e-6
     slots: ClassVar = frozenset({"model", "lora", "reference", "generation", "trl"})
-    refused: ClassVar = {
-        "distributed_strategy": "stages that sample were checked in one process only; the trainers of "
-        "stagekit.trainers run under torchrun without a pipeline"
-    }
+    refused: ClassVar = {"distributed_strategy": ONE_PROCESS}
     columns: ClassVar = (("prompt",),)
     metric_keys: ClassVar = {"loss": "eval_loss", "reward_score": "eval_reward", "custom": ""}
     tie: ClassVar[str] = "kl_penalty_coefficient"
@@ -101,9 +101,7 @@ class Scored(Method):
         """A missing reward, sizes that do not divide, a reference that cannot be."""
         if self.reward is None:
             yield Problem("method.reward", "missing; say what scores completions: stage:NAME, a model or a function")
-        for number, reward in enumerate(self.reward or ()):
-            path = f"method.reward.{number}" if len(self.reward) > 1 else "method.reward"
-            yield from _options_problems(reward, path)
+        yield from reward_problems(self.reward or ())
         for key, owner in {**_OWNED, "beta": f"method.{self.tie}"}.items():
             if key in stage.trl:
                 yield Problem(f"trl.{key}", f"belongs to {owner}")
@@ -218,6 +216,12 @@ class Scored(Method):
         args = trainer.args
         updates = trainer.num_iterations * args.steps_per_generation / args.gradient_accumulation_steps
         job.show.line(f"  a rollout is {args.generation_batch_size} completions, used for {updates:g} steps")
+
+
+def reward_problems(rewards: Sequence[RewardSource]) -> Iterable[Problem]:
+    """Options that a reward has no use for; paths relative to the stage."""
+    for number, reward in enumerate(rewards):
+        yield from _options_problems(reward, f"method.reward.{number}" if len(rewards) > 1 else "method.reward")
 
 
 def _options_problems(reward: RewardSource, path: str) -> Iterable[Problem]:

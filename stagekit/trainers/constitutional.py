@@ -12,16 +12,15 @@ journal are not made again, and each batch has its own seed. So a run that was k
 Source: https://huggingface.co/papers/2212.08073, sections 3.1 and 3.5.
 """
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from stagekit.counters import digest_of, draw, seed_of
-from stagekit.errors import ConfigError, Interrupted, Problem, StageError
+from stagekit.counters import digest_of, draw
+from stagekit.errors import ConfigError, Problem
 from stagekit.journal import Journal, Record
 from stagekit.principles import DEFAULT_PRINCIPLES, Principle, principles_from
-from stagekit.requests import Generator, Message, Request, plan_batches
+from stagekit.requests import Generator, Message
 from stagekit.trainers.constitutional_rows import (
     Prompt,
     Revisions,
@@ -38,6 +37,7 @@ from stagekit.trainers.constitutional_rows import (
     strip_lead_in,
     wrong_with,
 )
+from stagekit.writer import Ask, Progress, Writer
 
 
 __all__ = [
@@ -60,19 +60,6 @@ __all__ = [
 ]
 
 Role = Literal["initial", "critique", "revision"]
-
-
-@dataclass(frozen=True)
-class Progress:
-    """A batch has been written: which phase it belongs to, how far the phase is, and what the batch cost."""
-
-    role: Role
-    round: int
-    batch: int
-    batches: int
-    texts: int
-    new_tokens: int
-    duration_seconds: float
 
 
 def plan_digest(
@@ -132,7 +119,7 @@ def revise(
         Interrupted: `should_stop` said so.
     """
     _check(prompts, principles, rounds)
-    writer = _Writer(journal, seed, batch_tokens, on_batch, should_stop)
+    writer = Writer(journal, "constitutional", seed, batch_tokens, on_batch, should_stop)
     walk = _Walk(principles, rounds, seed, max_new_tokens, max_critique_tokens, writer)
     walk.add(prompts, fewshot)
     walk.drop_too_long(policy, critic or policy)
@@ -148,20 +135,9 @@ def replay(
     that of a finished run.
     """
     _check(prompts, principles, rounds)
-    walk = _Walk(principles, rounds, seed, 0, 0, _Writer(journal, seed, 0, None, None))
+    walk = _Walk(principles, rounds, seed, 0, 0, Writer(journal, "constitutional", seed, 0))
     walk.add(prompts, ())
     return walk.run(prompts, None, None)
-
-
-@dataclass(frozen=True)
-class _Ask:
-    """One text wanted in a phase, before it is known whether it fits and whether the journal has it."""
-
-    key: str
-    prompt_id: str
-    messages: tuple[Message, ...]
-    principle: str | None = None
-    request: str | None = None
 
 
 @dataclass
@@ -185,81 +161,6 @@ class _Chain:
         return (*given[:system], *self.fewshot, *given[system:], *new)
 
 
-@dataclass
-class _Writer:
-    """Gets the texts of a phase: from the journal, and the others from a generator, batch by batch."""
-
-    journal: Journal
-    seed: int
-    batch_tokens: int
-    on_batch: Callable[[Progress], None] | None
-    should_stop: Callable[[], bool] | None
-
-    def write(
-        self, asks: Sequence[_Ask], role: Role, number: int, generator: Generator | None, max_new_tokens: int
-    ) -> dict[str, Record]:
-        """The journal's records of `asks` by key; without those that do not fit into the generator's context."""
-        if generator is not None:
-            self._generate({ask.key: ask for ask in asks}, role, number, generator, max_new_tokens)
-        found = ((ask.key, self.journal.get(ask.key)) for ask in asks)
-        return {key: record for key, record in found if record is not None}
-
-    def _generate(
-        self, asks: Mapping[str, _Ask], role: Role, number: int, generator: Generator, max_new_tokens: int
-    ) -> None:
-        lengths = {key: generator.prompt_length(ask.messages) for key, ask in asks.items()}
-        limit = generator.context_length
-        fitting = [key for key in asks if limit is None or lengths[key] + max_new_tokens <= limit]
-        requests = [Request(key, asks[key].messages, max_new_tokens) for key in fitting]
-        batches = plan_batches(requests, lengths, self.batch_tokens)
-        for position, batch in enumerate(batches):
-            batch_id = digest_of(*(request.key for request in batch))
-            if self._is_done(batch_id, batch):
-                continue
-            if self.should_stop is not None and self.should_stop():
-                raise Interrupted(
-                    f"stopped before batch {position + 1} of {len(batches)} of the {role} phase (round {number}). "
-                    f"{self.journal.path} holds all texts so far; start again to go on."
-                )
-            start, seed = time.monotonic(), seed_of(self.seed, batch_id)
-            completions = generator.generate(batch, seed)
-            records = [
-                {
-                    "key": request.key,
-                    "stage": self.journal.info.get("stage", "constitutional"),
-                    "role": role,
-                    "round": number,
-                    "prompt_id": asks[request.key].prompt_id,
-                    "principle": asks[request.key].principle,
-                    "request": asks[request.key].request,
-                    "text": completion.text,
-                    "token_ids": list(completion.token_ids),
-                    "finish_reason": completion.finish_reason,
-                    "n_prompt": completion.prompt_tokens,
-                    "n_new": len(completion.token_ids),
-                    "model": generator.fingerprint,
-                    "seed": seed,
-                }
-                for request, completion in zip(batch, completions, strict=True)
-            ]
-            self.journal.append_batch(batch_id, records)
-            if self.on_batch is not None:
-                tokens = sum(len(completion.token_ids) for completion in completions)
-                elapsed = time.monotonic() - start
-                done = position + 1
-                self.on_batch(Progress(role, number, done, len(batches), len(batch), tokens, elapsed))
-
-    def _is_done(self, batch_id: str, batch: Sequence[Request]) -> bool:
-        if self.journal.has_batch(batch_id):
-            return True
-        if any(request.key in self.journal for request in batch):
-            raise StageError(
-                f"{self.journal.path} holds some texts of a batch and not the others, so it was written under another "
-                "plan with the same digest. Open it with plan_digest of the same arguments, or delete it."
-            )
-        return False
-
-
 class _Walk:
     """The phases, in order: lays out what each asks for and takes in what it got."""
 
@@ -270,7 +171,7 @@ class _Walk:
         seed: int,
         max_new_tokens: int,
         max_critique_tokens: int,
-        writer: _Writer,
+        writer: Writer,
     ) -> None:
         self.principles = principles
         self.rounds = rounds
@@ -311,7 +212,7 @@ class _Walk:
     def _answer(self, policy: Generator | None) -> None:
         open_chains = [chain for chain in self.chains.values() if chain.drop is None]
         asks = {
-            key: _Ask(key, chain.prompt_id, chain.prompt.messages)
+            key: _ask(key, chain, chain.prompt.messages, "initial", 0)
             for chain in open_chains
             if (key := self._key(chain, 0, "initial"))
         }
@@ -342,11 +243,11 @@ class _Walk:
             chains = [chain for chain in chains if critiques.get(chain.prompt_id, True) is None]
         return critiques
 
-    def _critique_ask(self, chain: _Chain, number: int, attempt: int) -> _Ask:
+    def _critique_ask(self, chain: _Chain, number: int, attempt: int) -> Ask:
         principle = self._principle(chain, number)
         messages = chain.conversation(chain.current, principle.critique_request)
         key = self._key(chain, number, "critique", attempt)
-        return _Ask(key, chain.prompt_id, messages, principle.name, principle.critique_request)
+        return _ask(key, chain, messages, "critique", number, principle.name, principle.critique_request)
 
     def _revise(self, number: int, policy: Generator | None, critiques: Mapping[str, Text | None]) -> None:
         chains = self._revised()
@@ -361,12 +262,12 @@ class _Walk:
             record = records.get(ask.key) if ask is not None else None
             self._take(chain, number, critiques.get(chain.prompt_id), record)
 
-    def _revision_ask(self, chain: _Chain, number: int, critique: Text | None) -> _Ask:
+    def _revision_ask(self, chain: _Chain, number: int, critique: Text | None) -> Ask:
         principle = self._principle(chain, number)
         asked = (principle.critique_request, critique.text) if critique is not None else ()
         messages = chain.conversation(chain.current, *asked, principle.revision_request)
         key = self._key(chain, number, "revision")
-        return _Ask(key, chain.prompt_id, messages, principle.name, principle.revision_request)
+        return _ask(key, chain, messages, "revision", number, principle.name, principle.revision_request)
 
     def _take(self, chain: _Chain, number: int, critique: Text | None, record: Record | None) -> None:
         """End the chain's round. What is empty leaves the answer as it was; a truncated revision is revised on."""
@@ -412,6 +313,25 @@ class _Walk:
             )
             for p in principles
         )
+
+
+def _ask(
+    key: str,
+    chain: _Chain,
+    messages: tuple[Message, ...],
+    role: Role,
+    number: int,
+    principle: str | None = None,
+    request: str | None = None,
+) -> Ask:
+    facts = {
+        "role": role,
+        "round": number,
+        "prompt_id": chain.prompt_id,
+        "principle": principle,
+        "request": request,
+    }
+    return Ask(key, messages, facts)
 
 
 def _within(generator: Generator, messages: Sequence[Message], more: int) -> bool:

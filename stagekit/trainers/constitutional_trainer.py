@@ -1,27 +1,27 @@
 """A TRL trainer for Constitutional AI: writes its training set by critique and revision, then fine-tunes on it."""
 
-import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
-from stagekit.counters import digest_of
 from stagekit.errors import ConfigError
-from stagekit.generation import TransformersGenerator, tokenizer_fingerprint, weights_fingerprint
 from stagekit.journal import Journal
 from stagekit.principles import DEFAULT_PRINCIPLES, principles_from
 from stagekit.requests import Generator, Sampling
-from stagekit.trainers.constitutional import Progress, Prompt, Revisions, plan_digest, prompts_from, revise
+from stagekit.trainers.constitutional import Prompt, Revisions, plan_digest, prompts_from, revise
 from stagekit.trainers.constitutional_rows import Target, preference_rows, sft_rows
-
-
-logger = logging.getLogger(__name__)
+from stagekit.trainers.generators import (
+    generator_of,
+    journal_info,
+    loaded,
+    log_progress,
+    refuse_new_template,
+    tokenizer_of,
+)
 
 
 @dataclass
@@ -89,7 +89,7 @@ class ConstitutionalTrainer(SFTTrainer):  # type: ignore[misc]
         prompts = prompts_from(train_dataset, "train_dataset")
         prompts += prompts_from(unrevised_dataset or (), "unrevised_dataset", revise=False)
         if processing_class is None:
-            processing_class = _tokenizer_of(model, args)
+            processing_class = tokenizer_of(model, args)
         self.revisions = _write(model, args, prompts, critique_model, processing_class)
         rows = sft_rows(self.revisions, cast(Target, args.target))
         super().__init__(
@@ -114,19 +114,15 @@ class ConstitutionalTrainer(SFTTrainer):  # type: ignore[misc]
 def _check(args: ConstitutionalConfig) -> None:
     if args.target not in ("all", "final"):
         raise ConfigError(f"target is {args.target!r}; it must be 'all' or 'final'")
-    for name in ("chat_template_path", "eos_token"):
-        if getattr(args, name) is not None:
-            raise ConfigError(
-                f"{name} would change the template after the texts are written with the old one. Set it on the "
-                "tokenizer and pass that as processing_class."
-            )
+    refuse_new_template(args)
 
 
 def _write(
     model: Any, args: ConstitutionalConfig, prompts: list[Prompt], critique_model: Any, processing_class: Any
 ) -> Revisions:
     """The generation phase; a model given by path is loaded for it and freed after it."""
-    policy = _generator(_loaded(model, args), processing_class, args)
+    sampling = Sampling(args.temperature)
+    policy = generator_of(loaded(model, args), processing_class, sampling, args)
     critic = _critic(critique_model, args)
     principles = principles_from(args.principles) if args.principles is not None else DEFAULT_PRINCIPLES
     plan: dict[str, Any] = {
@@ -141,55 +137,18 @@ def _write(
     }
     path = Path(args.journal_path or Path(args.output_dir or ".") / "journal.jsonl")
     meta = {
-        "model": policy.fingerprint,
+        **journal_info(policy),
         "critic": critic.fingerprint if critic is not None else None,
-        "tokenizer": tokenizer_fingerprint(policy.tokenizer),
-        "versions": {"torch": torch.__version__},
     }
     with (
         args.main_process_first(local=False, desc="critique-revision"),
         Journal.open(path, plan_digest(prompts, **plan), meta) as journal,
     ):
-        return revise(prompts, **plan, journal=journal, on_batch=_log)
-
-
-def _loaded(model: Any, args: ConstitutionalConfig) -> Any:
-    """The model on the device of training; by path as TRL loads it, float32 unless model_init_kwargs says else."""
-    if isinstance(model, str):
-        kwargs = {"dtype": "float32", **cast(dict[str, Any], args.model_init_kwargs or {})}
-        model = AutoModelForCausalLM.from_pretrained(model, trust_remote_code=args.trust_remote_code, **kwargs)
-    return model if getattr(model, "hf_device_map", None) else model.to(args.device)
-
-
-def _tokenizer_of(model: Any, args: ConstitutionalConfig) -> Any:
-    name = model if isinstance(model, str) else model.config._name_or_path
-    return AutoTokenizer.from_pretrained(name, trust_remote_code=args.trust_remote_code)
-
-
-def _generator(model: Any, processing_class: Any, args: ConstitutionalConfig) -> TransformersGenerator:
-    tokenizer = getattr(processing_class, "tokenizer", processing_class)  # of a processor
-    is_float32 = next(model.parameters()).dtype == torch.float32
-    autocast = torch.bfloat16 if args.bf16 and is_float32 else None
-    fingerprint = digest_of(
-        weights_fingerprint(model), tokenizer_fingerprint(tokenizer), float(args.temperature), str(autocast)
-    )
-    return TransformersGenerator(model, tokenizer, Sampling(args.temperature), fingerprint, autocast)
+        return revise(prompts, **plan, journal=journal, on_batch=log_progress)
 
 
 def _critic(critique_model: Any, args: ConstitutionalConfig) -> Generator | None:
     if critique_model is None or isinstance(critique_model, Generator):
         return critique_model
-    return _generator(_loaded(critique_model, args), _tokenizer_of(critique_model, args), args)
-
-
-def _log(progress: Progress) -> None:
-    logger.info(
-        "round %d, %s: batch %d of %d, %d texts, %d tokens in %.1f s",
-        progress.round,
-        progress.role,
-        progress.batch,
-        progress.batches,
-        progress.texts,
-        progress.new_tokens,
-        progress.duration_seconds,
-    )
+    sampling = Sampling(args.temperature)
+    return generator_of(loaded(critique_model, args), tokenizer_of(critique_model, args), sampling, args)

@@ -1,0 +1,135 @@
+"""What the stage types that write their own data do with a job: who writes, the journal, progress, giving back."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from stagekit.errors import Interrupted, StageError
+from stagekit.groups import Generation, is_function, is_server
+from stagekit.job import Job
+from stagekit.options import function_name
+from stagekit.requests import Generator, Sampling, ScriptedGenerator
+
+
+def generator_for(job: Job, model: str | None, generation: Generation) -> Generator:
+    """Who writes: the model in the stage's precision, or the function that stands in for it."""
+    sampling = Sampling(
+        temperature=generation.temperature,
+        top_p=generation.top_p,
+        top_k=generation.top_k,
+        batch_tokens=generation.batch_tokens,
+    )
+    if is_server(generation.backend):
+        from stagekit.backends import ServerGenerator
+
+        url, _, name = generation.backend.partition("#")
+        return ServerGenerator(url, sampling, model=name or None)
+    if is_function(generation.backend):
+        from stagekit.custom import resolve
+
+        name = function_name(generation.backend)
+        return ScriptedGenerator(resolve(generation.backend), fingerprint=f"{name} {sampling}")
+    if model is None:
+        raise StageError(f"stage {job.stage.name!r} has no model to generate with")
+    if generation.backend == "vllm":
+        return _vllm(job, model, sampling)
+    import torch
+
+    from stagekit.generation import TransformersGenerator
+    from stagekit.models import load_policy, load_tokenizer, model_fingerprint
+
+    bf16 = bool(job.setting("bf16"))
+    lora = job.stage.lora
+    quantization = None
+    if lora is not None and lora.bits is not None:
+        from stagekit.models import bnb_config
+
+        quantization = bnb_config(lora.bits, torch.bfloat16 if bf16 else torch.float32)
+    loaded = load_policy(
+        model,
+        dtype=torch.bfloat16 if bf16 else torch.float32,
+        quantization=quantization,
+        device_map="auto" if torch.cuda.is_available() else None,
+    )
+    tokenizer = load_tokenizer(model, job.chat_template)
+    fingerprint = f"{model_fingerprint(model)} {loaded.dtype} {lora.bits if lora else None} {sampling}"
+    return TransformersGenerator(loaded, tokenizer, sampling, fingerprint, on_token=heartbeat(job))
+
+
+def _vllm(job: Job, model: str, sampling: Sampling) -> Generator:
+    from stagekit.backends import VLLMGenerator
+    from stagekit.models import adapter_base, load_tokenizer, model_fingerprint
+
+    if adapter_base(model) is not None:
+        raise StageError(
+            f"stage {job.stage.name!r}: generation.backend: vllm reads full weights, and {model} is an adapter; set "
+            "lora.merge: true in the stage before, or use transformers"
+        )
+    fingerprint = f"vllm {model_fingerprint(model)} {sampling}"
+    return VLLMGenerator(model, load_tokenizer(model, job.chat_template), sampling, fingerprint)
+
+
+def open_journal(job: Job, digest: str, info: dict[str, Any], name: str = "journal.jsonl") -> Any:
+    """A journal in the job's folder. One of other settings is moved aside under its own digest, so that nothing is
+    lost."""
+    from stagekit.journal import Journal
+
+    path = job.folder / name
+    if path.exists():
+        before = Journal.read(path).digest if path.stat().st_size else ""
+        if before and before != digest:
+            aside = path.with_name(f"{path.stem}-{before[:12]}.jsonl")
+            path.rename(aside)
+            job.show.line(f"  texts of other settings are kept in {aside.name}; these are written anew")
+    return Journal.open(path, digest, {**info, "stage": job.stage.name})
+
+
+def progress(job: Job, titles: Callable[[Any], str]) -> Any:
+    """A progress line per phase, for `on_batch`; `titles` names the phase of a batch."""
+    bars: dict[str, Any] = {}
+
+    def show(done: Any) -> None:
+        title = titles(done)
+        if title not in bars:
+            bars[title] = job.show.progress(title, done.batches, "batch", "batches")
+            bars[title].update(done.batch - 1, ago=done.duration_seconds)
+        rate = done.new_tokens / max(done.duration_seconds, 1e-9)
+        bars[title].update(done.batch, f", {rate:.0f} tokens/s" if done.new_tokens else "")
+
+    return show
+
+
+def heartbeat(job: Job) -> Any:
+    """Between two batches minutes can pass: show how far the one under way is, and leave it when asked to stop."""
+    bars: dict[str, Any] = {}
+
+    def beat(rows: int, tokens: int, most: int) -> None:
+        if job.stop():
+            raise Interrupted(f"stage {job.stage.name!r} stopped while it was writing a batch of {rows} texts")
+        if tokens == 1 or "bar" not in bars:
+            bars["bar"] = job.show.progress(f"writing {rows} texts", most, "token", "tokens", passing=True)
+        bars["bar"].update(tokens)
+
+    return beat
+
+
+def free_memory() -> None:
+    """Give the generating models back before the trainer loads its own."""
+    import gc
+    import sys
+
+    gc.collect()
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def write_datasets(job: Job, datasets: dict[str, Sequence[Any]]) -> dict[str, Any]:
+    """Write datasets that the stage leaves to `data/` in its folder: name -> file."""
+    from stagekit.rows import write_jsonl
+
+    folder = job.folder / "data"
+    folder.mkdir(exist_ok=True)
+    files = {name: folder / f"{name}.jsonl" for name in datasets}
+    for name, rows in datasets.items():
+        write_jsonl(rows, files[name])
+    return files

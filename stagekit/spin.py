@@ -1,0 +1,117 @@
+"""The self-play stage: the job's model answers its data, and learns to prefer the data's answers, over and over."""
+
+import dataclasses
+import logging
+import math
+from typing import TYPE_CHECKING, Any
+
+from stagekit.generating import free_memory, generator_for, open_journal, progress, write_datasets
+from stagekit.groups import Generation
+from stagekit.iterations import run_iterations
+from stagekit.job import Job, Outcome
+from stagekit.rows import read_jsonl
+
+
+if TYPE_CHECKING:
+    from stagekit.adapters.self_play import SelfPlay
+
+
+logger = logging.getLogger(__name__)
+
+
+def run(job: Job, method: "SelfPlay") -> Outcome:
+    """Sample and prefer, `iterations` times."""
+    return run_iterations(
+        job,
+        method.iterations,
+        lambda own, number: _prepare(own, number, method, job),
+        lambda own, outcome: _measured(own, outcome, method),
+    )
+
+
+def _prepare(own: Job, number: int, method: "SelfPlay", stage: Job) -> Job:
+    """The job of an iteration with the pairs as its training data."""
+    from datasets import Dataset
+
+    from stagekit.trainers import sampling, self_play
+
+    where = f"{own.stage.path}.training_data"
+    prompts = sampling.prompts_from(own.train_dataset, where)
+    answers = self_play.real_answers(own.train_dataset, where)
+    generation = (own.stage.generation or Generation()).model_copy(update={"temperature": method.temperature})
+    plan: dict[str, Any] = {
+        "policy": generator_for(own, own.model.generates if own.model else None, generation),
+        "n": method.responses_per_prompt,
+        "seed": own.stage.random_seed,
+        "max_new_tokens": generation.max_new_tokens,
+        "batch_tokens": generation.batch_tokens,
+        "iteration": number,
+    }
+    shown = progress(own, lambda done: "answers")
+    with open_journal(own, sampling.texts_digest(prompts, **plan), {"policy": plan["policy"].fingerprint}) as journal:
+        groups = sampling.sample(
+            prompts, **plan, journal=journal, stage="self_play", on_batch=shown, should_stop=own.stop
+        )
+    plan.clear()
+    free_memory()
+    rows = self_play.pairs(groups, answers, number)
+    files = write_datasets(own, {"pairs": rows})
+    before = []
+    if method.mix_previous and number > 1:
+        before = read_jsonl(stage.folder / f"iteration-{number - 1}" / "data" / "pairs.jsonl")
+    found, dropped = self_play.metrics(groups, answers), self_play.drops(groups, answers)
+    _say(own, method, len(rows), len(before), found, dropped)
+    keep = [{key: row[key] for key in ("prompt", "chosen", "rejected")} for row in (*rows, *before)]
+    return dataclasses.replace(
+        own, train_dataset=Dataset.from_list(keep), datasets=files, metrics=found, dropped=dropped
+    )
+
+
+def _say(
+    job: Job, method: "SelfPlay", rows: int, before: int, found: dict[str, float], dropped: dict[str, int]
+) -> None:
+    """What came of the sampling, and where a guard rail is near."""
+    from stagekit.trainers import self_play
+
+    reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.items()) or "none"
+    also = f", and {before} of the iteration before" if before else ""
+    job.show.line(f"  {rows} pairs{also}; dropped: {reasons}")
+    if found.get("truncated", 0.0) > self_play.MANY_TRUNCATED:
+        logger.warning(
+            "stage %r: %.0f %% of the opponent's answers were cut and make no pair, so that it plays with its short "
+            "answers only; raise generation.max_new_tokens.",
+            job.stage.name,
+            100 * found["truncated"],
+        )
+    stage = job.stage
+    each = math.ceil(math.ceil((rows + before) / stage.batch_size) / stage.gradient_accumulation_steps)
+    steps = stage.max_steps if stage.max_steps > 0 else each * stage.epochs
+    if self_play.overtrained(method.beta, stage.resolved_learning_rate(), steps, stage.lora is not None):
+        logger.warning(
+            "stage %r: learning_rate %g over %d steps may come near the optimum of an iteration, and with beta %g "
+            "that lies beyond the data (it multiplies log(p / p_data) by %g). Lower learning_rate or epochs, raise "
+            "beta (1 reaches the data in one iteration), or set method.stop_at_margin.",
+            stage.name,
+            stage.resolved_learning_rate(),
+            steps,
+            method.beta,
+            self_play.contraction(method.beta),
+        )
+
+
+def _measured(job: Job, outcome: Outcome, method: "SelfPlay") -> Outcome:
+    """The outcome with the last logged margin, and how the log-probability of the real answers changed (nats)."""
+    path = job.folder / "metrics.jsonl"
+    logged = [line for line in read_jsonl(path) if "rewards/margins" in line] if path.is_file() else []
+    if not logged:
+        return outcome
+    change = float(logged[-1]["rewards/chosen"]) / method.beta
+    found = {"margin": float(logged[-1]["rewards/margins"]), "real_logps_change": change}
+    if change < 0:
+        logger.warning(
+            "stage %r: the data's answers became less likely in this iteration (by %.3g nats each): the model moves "
+            "away from its own answers, not towards the data. Lower learning_rate or epochs, or raise method.beta.",
+            job.stage.name,
+            -change,
+        )
+    return dataclasses.replace(outcome, metrics={**outcome.metrics, **found})
