@@ -77,8 +77,8 @@ class Distillation(Method):
     """The stage type."""
 
     teacher: Model = None
-    """Who is learnt from: a path, a hub id, GGUF, `stage:NAME`, or a live model. It needs the student's tokenizer, but
-    in mode sequence."""
+    """Who is learnt from: a path, a hub id, GGUF, `stage:NAME`, or a live model. It must have the student's tokenizer;
+    in mode sequence any will do."""
 
     mode: Literal["logits", "sequence", "on_policy"] = "logits"
     """logits: the teacher's distribution at every token of the data. sequence: the teacher answers the prompts, the
