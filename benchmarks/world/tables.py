@@ -1,0 +1,203 @@
+"""The tables of all rows that were run: markdown for people, JSON for programs, one picture."""
+
+import json
+from collections.abc import Mapping, Sequence
+from statistics import fmean
+from typing import Any
+
+from benchmarks.world import bench
+from benchmarks.world.methods import METHODS, Method
+from benchmarks.world.world import MEASURED, NEW_KINDS, TRAINED
+
+
+FALL = 0.05
+"""A family that falls by more is named in its row."""
+
+
+def mean_of(scores: Mapping[str, float], families: Sequence[str] = TRAINED) -> float:
+    """The mean over families, each counting the same."""
+    return fmean(scores[family] for family in families if family in scores)
+
+
+def by_family(runs: Sequence[Mapping[str, Any]], when: str) -> dict[str, float]:
+    """Each family's mean over the seeds."""
+    return {family: fmean(run[when][family] for run in runs) for family in runs[0][when]}
+
+
+def spread(values: Sequence[float]) -> float:
+    """The largest less the smallest."""
+    return max(values) - min(values)
+
+
+def share_of_gain(start: float, end: float) -> float:
+    """How much of what could be gained was gained; 1: every answer is right."""
+    return (end - start) / (1 - start)
+
+
+def in_short(done: Mapping[str, Any]) -> str:
+    """One run in a line."""
+    start = f"{mean_of(done['start']):.3f} -> " if "start" in done else ""
+    return f"{start}{mean_of(done['end'], list(done['end'])):.3f}"
+
+
+def summary(method: Method, record: Mapping[str, Any], control: Mapping[str, Any] | None) -> dict[str, Any]:
+    """A row of the table in numbers."""
+    runs = record["runs"]
+    families = TRAINED if "start" in runs[0] else tuple(runs[0]["end"])
+    ends = [mean_of(run["end"], families) for run in runs]
+    found: dict[str, Any] = {
+        "row": method.name,
+        "seeds": [run["seed"] for run in runs],
+        "end": fmean(ends),
+        "spread": spread(ends),
+        "cpu_seconds": fmean(run["cpu_seconds"] for run in runs),
+        "families": {"end": by_family(runs, "end")},
+    }
+    if "start" in runs[0]:
+        starts = by_family(runs, "start")
+        start = mean_of(starts)
+        found |= {"start": start, "share_of_gain": share_of_gain(start, found["end"])}
+        found["families"]["start"] = starts
+        fallen = {family: found["families"]["end"][family] - starts[family] for family in MEASURED if family in starts}
+        found["fallen"] = {family: change for family, change in fallen.items() if change < -FALL}
+    for name in ("violations", "after_sft", "majority"):
+        if name in runs[0]:
+            found[name] = _mean([run[name] for run in runs])
+    if control is not None and control["runs"]:
+        seeds = {run["seed"] for run in runs}
+        same = [run for run in control["runs"] if run["seed"] in seeds]
+        others = [mean_of(run["end"], families) for run in same]
+        if others:
+            found |= {"control": method.control, "control_end": fmean(others)}
+            gap = found["end"] - found["control_end"]
+            found["beats_control"] = gap > max(found["spread"], spread(others))
+    return found
+
+
+def _mean(values: Sequence[Any]) -> Any:
+    if isinstance(values[0], Mapping):
+        return {key: fmean(one[key] for one in values) for key in values[0]}
+    if isinstance(values[0], list):
+        return [fmean(column) for column in zip(*values, strict=True)]
+    return fmean(values)
+
+
+def all_rows() -> list[dict[str, Any]]:
+    """The summaries of all rows that have results of their present version."""
+    records = {name: bench.results_of(method) for name, method in METHODS.items()}
+    return [
+        summary(method, records[name], records.get(method.control or ""))
+        for name, method in METHODS.items()
+        if records[name]["runs"]
+    ]
+
+
+def markdown(found: Sequence[Mapping[str, Any]]) -> str:
+    """All tables."""
+    lines = [
+        "# The world's table",
+        "",
+        "Written by `python -m benchmarks.world --table` from the files beside it; see [benchmarks](../../README.md).",
+        "Scores are means over the eight trained families of sampled answers to held-out questions, in [0, 1];",
+        "spread is the largest less the smallest over the seeds; a row beats its control where the gap is larger than",
+        "the spread of either. `fell`: families that lost more than 0.05.",
+        "",
+        "| row | seeds | start | end | spread | control | share of gain | beats its control | fell | CPU s |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    lines += [_line(row) for row in found if "start" in row]
+    names = list(MEASURED)
+    lines += ["", "## By family: start -> end", "", f"| row | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
+    for row in found:
+        if "start" in row:
+            start, end = row["families"]["start"], row["families"]["end"]
+            cells = [f"{start[name]:.2f} -> {end[name]:.2f}" for name in names]
+            lines.append(f"| {row['row']} | {' | '.join(cells)} |")
+    return "\n".join([*lines, *_reward_lines(found), *_violation_lines(found)]) + "\n"
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    control = f"{row['control_end']:.3f} ({row['control']})" if "control" in row else "-"
+    verdict = {True: "yes", False: "**no**", None: "-"}[row.get("beats_control")]
+    fell = ", ".join(f"{family} {change:+.2f}" for family, change in row["fallen"].items()) or "none"
+    return (
+        f"| {row['row']} | {len(row['seeds'])} | {row['start']:.3f} | {row['end']:.3f} | {row['spread']:.3f} "
+        f"| {control} | {row['share_of_gain']:+.0%} | {verdict} | {fell} | {row['cpu_seconds']:.0f} |"
+    )
+
+
+def _reward_lines(found: Sequence[Mapping[str, Any]]) -> list[str]:
+    rows = [row for row in found if "start" not in row]
+    if not rows:
+        return []
+    lines = ["", "## Reward models: accuracy on held-out pairs or steps", "",
+             "| row | seeds | accuracy | spread | control | beats its control | lowest family | CPU s |",
+             "|---|---|---|---|---|---|---|---|"]  # fmt: skip
+    for row in rows:
+        control = f"{row['control_end']:.3f} ({row['control']})" if "control" in row else "-"
+        verdict = {True: "yes", False: "**no**", None: "-"}[row.get("beats_control")]
+        if "majority" in row:
+            control = f"{row['majority']:.3f} (the more frequent label)"
+            verdict = "yes" if row["end"] - row["majority"] > row["spread"] else "**no**"
+        family, lowest = min(row["families"]["end"].items(), key=lambda one: one[1])
+        lines.append(
+            f"| {row['row']} | {len(row['seeds'])} | {row['end']:.3f} | {row['spread']:.3f} | {control} | {verdict} "
+            f"| {family} {lowest:.2f} | {row['cpu_seconds']:.0f} |"
+        )
+    return lines
+
+
+def _violation_lines(found: Sequence[Mapping[str, Any]]) -> list[str]:
+    rows = [row for row in found if "violations" in row]
+    if not rows:
+        return []
+    lines = ["", "## Constitutional AI: share of harmful requests not refused", "",
+             "Answers and revisions are those of the training prompts; the rest are held-out red-team prompts (new",
+             "things, new phrasings), and the score of harmless ones in the same phrasings.", "",
+             "| row | first answers | round 1 | round 2 | red team: start | after SFT | after DPO "
+             "| harmless: start | after SFT | after DPO |",
+             "|---|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
+    harmful, harmless = NEW_KINDS
+    for row in rows:
+        stages = (row["families"]["start"], row["after_sft"], row["families"]["end"])
+        cells = [f"{value:.2f}" for value in row["violations"]]
+        cells += [f"{1 - scores[harmful]:.2f}" for scores in stages] + [f"{one[harmless]:.2f}" for one in stages]
+        lines.append(f"| {row['row']} | {' | '.join(cells)} |")
+    return lines
+
+
+def picture(found: Sequence[Mapping[str, Any]]) -> str:
+    """An SVG: a bar from start to end for each row, and its control as a line."""
+    rows = [row for row in found if "start" in row]
+    left, width, height = 190, 400, 18
+    parts = [f'<svg xmlns="http://www.w3.org/2000/svg" width="{left + width + 60}" height="{height * len(rows) + 50}" '
+             'font-family="sans-serif" font-size="12"><rect width="100%" height="100%" fill="white"/>']  # fmt: skip
+    for tick in range(0, 11, 2):
+        x, bottom = left + width * tick / 10, height * len(rows) + 20
+        parts.append(f'<line x1="{x}" y1="15" x2="{x}" y2="{bottom}" stroke="#ddd"/>')
+        parts.append(f'<text x="{x}" y="{bottom + 15}" text-anchor="middle">{tick / 10}</text>')
+    for place, row in enumerate(rows):
+        y = 20 + place * height
+        low, high = sorted((row["start"], row["end"]))
+        colour = "#3b7" if row["end"] >= row["start"] else "#c44"
+        parts.append(f'<text x="{left - 8}" y="{y + 11}" text-anchor="end">{row["row"]}</text>')
+        parts.append(
+            f'<rect x="{left + width * low:.1f}" y="{y + 2}" width="{width * (high - low):.1f}" height="10" '
+            f'fill="{colour}"/>'
+        )
+        if "control_end" in row:
+            x = left + width * row["control_end"]
+            parts.append(f'<line x1="{x:.1f}" y1="{y}" x2="{x:.1f}" y2="{y + 14}" stroke="black" stroke-width="2"/>')
+    return "\n".join([*parts, "</svg>"]) + "\n"
+
+
+def write() -> None:
+    """Write `world.json`, `world.md` and `world.svg` into the results folder."""
+    found = bench.rounded(all_rows())
+    if not found:
+        return
+    bench.RESULTS.mkdir(parents=True, exist_ok=True)
+    folder = bench.RESULTS.parent
+    (folder / "world.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    (folder / "world.md").write_text(markdown(found), encoding="utf-8")
+    (folder / "world.svg").write_text(picture(found), encoding="utf-8")
