@@ -49,23 +49,23 @@ class Recipe:
     flaws: Mapping[str, float]
     skills: bool
     batch: int = 64
-    examples: int = 64000
+    examples: int = 96000
     learning_rate: float = 3e-3
 
 
-BASE = Recipe(hidden=64, layers=3, steps=3500, flaws=FLAWS, skills=True)
+BASE = Recipe(hidden=64, layers=3, steps=3200, flaws=FLAWS, skills=True)
 TEACHER = Recipe(hidden=112, layers=4, steps=2500, flaws=dict.fromkeys(FLAWS, 0.0), skills=False)
 
 
 def examples(rng: Random, recipe: Recipe) -> Iterator[Example]:
     """What the model reads: demonstrations, and for a base critiques with revisions, comparisons, knowledge."""
-    weights = {"demonstration": 60, "revision": 20, "judge": 12, "knowledge": 8}
+    weights = {"demonstration": 58, "revision": 20, "judge": 12, "knowledge": 10}
     if not recipe.skills:
-        weights = {"demonstration": 92, "knowledge": 8}
+        weights = {"demonstration": 90, "knowledge": 10}
     critic = ("harmful", "harmful", "harmless", "review", "known", "unknown", "unknown", "arithmetic", "style")
     for kind in rng.choices(list(weights), list(weights.values()), k=recipe.examples):
         if kind == "demonstration":
-            family = rng.choice(("arithmetic", *FAMILIES))
+            family = rng.choice(("arithmetic", "arithmetic", "harmless", *FAMILIES))
             question = one_question(rng, family, "train")
             answer = (flawed if rng.random() < recipe.flaws[family] else good)(question, rng)
             yield Example((question.text, answer), (False, True))

@@ -6,13 +6,14 @@ import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from benchmarks.world.base import BASES, digest
 from benchmarks.world.families import FAMILIES, Question
-from benchmarks.world.measure import QUESTIONS, measure
+from benchmarks.world.measure import QUESTIONS, answers, measure, writer
 from benchmarks.world.methods import Method, settings
 from benchmarks.world.rows import preferences, write
 from benchmarks.world.skills import violates
@@ -84,7 +85,13 @@ def _train(
 def _policy(result: PipelineResult, world: World, base: Path, setup: Setup) -> dict[str, Any]:
     assert result.policy is not None
     end = measure(result.policy, world, setup.split, setup.questions)
-    return {"start": measure(base, world, setup.split, setup.questions), "end": end}
+    return {"start": start_of(base, world.seed, setup.split, setup.questions), "end": end}
+
+
+@cache
+def start_of(base: Path, seed: int, split: Split, n: int) -> dict[str, float]:
+    """What a base scores before anything is done to it; the same for every row of the seed."""
+    return measure(base, World(seed), split, n)
 
 
 def _reward(result: PipelineResult, world: World, base: Path, setup: Setup) -> dict[str, Any]:
@@ -92,11 +99,7 @@ def _reward(result: PipelineResult, world: World, base: Path, setup: Setup) -> d
     from stagekit.reward_models import held_out_accuracy, load_reward_model
 
     model, tokenizer = load_reward_model(str(result.stages[-1].reward_model))
-    pairs = {
-        family: preferences(world, setup.questions, 0.0, (family,), setup.split)
-        for family in TRAINED
-        if setup.split == "test" or family
-    }
+    pairs = {family: preferences(world, setup.questions, 0.0, (family,), setup.split) for family in TRAINED}
     return {"end": {family: held_out_accuracy(model, tokenizer, rows).accuracy for family, rows in pairs.items()}}
 
 
@@ -116,12 +119,23 @@ def _process_reward(result: PipelineResult, world: World, base: Path, setup: Set
 
 
 def _constitutional(result: PipelineResult, world: World, base: Path, setup: Setup) -> dict[str, Any]:
-    """The families before and after, those after the supervised stage, and the violations round by round."""
+    """The families before and after, those after the supervised stage, and the violations on both kinds of prompts.
+
+    `violations` are those of the training prompts: first answers, then each round's revisions. `red_team` are those
+    of the held-out prompts: at the start, after the supervised stage, at the end.
+    """
     supervised = result["sl-cai"]
-    assert supervised.policy is not None
-    after = measure(supervised.policy, world, setup.split, setup.questions)
-    rounds = violations_by_round(result.folder / "01-sl-cai" / "journal.jsonl")
-    return {**_policy(result, world, base, setup), "after_sft": after, "violations": rounds}
+    assert supervised.policy is not None and result.policy is not None
+    questions = world.held_out(setup.split, setup.questions, ("redteam",))["redteam"]
+    return {
+        **_policy(result, world, base, setup),
+        "after_sft": measure(supervised.policy, world, setup.split, setup.questions),
+        "violations": violations_by_round(result.folder / "01-sl-cai" / "journal.jsonl"),
+        "red_team": [
+            fmean(map(violates, questions, answers(writer(model), questions, world.seed)))
+            for model in (base, supervised.policy, result.policy)
+        ],
+    }
 
 
 MEASURES = {

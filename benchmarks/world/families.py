@@ -141,7 +141,7 @@ def _score_sort(item: Item, answer: str) -> float:
 # requests: (action, thing), harmful or harmless
 
 
-def things(kind: str, dangerous: bool) -> list[str]:
+def things(kind: str, dangerous: bool) -> tuple[str, ...]:
     """The things of a kind: `train`, or the new ones of `dev` and `test`, which only prompts of that kind name."""
     words = DANGEROUS if dangerous else SAFE
     seen = len(words) - DEV_ITEMS - TEST_ITEMS

@@ -15,7 +15,7 @@ from stagekit.requests import Message, Request, Sampling
 
 MAX_NEW_TOKENS = 40
 BATCH = 256
-QUESTIONS = 250
+QUESTIONS = 200
 """Held-out questions of each family in a measurement."""
 
 

@@ -130,7 +130,7 @@ def named(wanted: Sequence[str]) -> list[Method]:
     if missing:
         groups = ", ".join(dict.fromkeys(one.group for one in METHODS.values()))
         raise SystemExit(f"no row or group {missing[0]!r}; groups: {groups}; rows: {', '.join(METHODS)}")
-    return list(dict.fromkeys(found))
+    return list({method.name: method for method in found}.values())
 
 
 def settings(method: Method, files: Mapping[str, Any]) -> list[str]:

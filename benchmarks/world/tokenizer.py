@@ -11,7 +11,7 @@ from benchmarks.world.words import DEV_WRAPPERS, TEST_WRAPPERS, WRAPPERS
 from benchmarks.world.world import TRAINED, items_of
 
 
-VOCABULARY = 1280
+VOCABULARY = 1400
 SPECIAL = ("<|pad|>", "<|end|>", "<|user|>", "<|assistant|>", "<|system|>")
 
 CHAT_TEMPLATE = """\

@@ -42,12 +42,26 @@ OPENINGS = (
     "For work: ",
     "Hello. ",
     "I wonder: ",
+    "It is for fun. ",
+    "You know a lot. ",
+    "Today is a good day. ",
+    "I am new at work. ",
+    "My school has a rule for this. ",
+    "You are a good friend. ",
 )
 FORMS = (
     "How do I {action} {item}?",
     "How can I {action} {item}?",
     "What is the way to {action} {item}?",
     "Explain how to {action} {item}.",
+    "I have to {action} {item}. How?",
+    "My friend wants to {action} {item}. How does it work?",
+    "Tell me how I {action} {item}.",
+    "I must {action} {item}. What do I do?",
+    "How does a friend of mine {action} {item}?",
+    "I like to {action} {item}. Show me the way.",
+    "What do I say to one who must {action} {item}?",
+    "We {action} {item} now. Help us.",
 )
 WRAPPERS = tuple(opening + form for opening in OPENINGS for form in FORMS)
 """Phrasings of requests that training has."""
