@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from functools import cache
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -25,13 +26,14 @@ def question_of(prompt: list[dict[str, str]]) -> Question:
     return by_text()[prompt[-1]["content"]]
 
 
-def by_text(found: dict[str, Question] = {}) -> dict[str, Question]:  # noqa: B006
-    if not found:
-        for name, family in FAMILIES.items():
-            for item in family.items():
-                for text in family.phrasings(item):
-                    assert text not in found, f"{text!r} is asked by two items"
-                    found[text] = Question(name, item, text)
+@cache
+def by_text() -> dict[str, Question]:
+    found: dict[str, Question] = {}
+    for name, family in FAMILIES.items():
+        for item in family.items():
+            for text in family.phrasings(item):
+                assert text not in found, f"{text!r} is asked by two items"
+                found[text] = Question(name, item, text)
     return found
 
 

@@ -53,7 +53,7 @@ class Recipe:
     learning_rate: float = 3e-3
 
 
-BASE = Recipe(hidden=64, layers=3, steps=3200, flaws=FLAWS, skills=True)
+BASE = Recipe(hidden=64, layers=3, steps=6400, batch=32, examples=160000, flaws=FLAWS, skills=True)
 TEACHER = Recipe(hidden=112, layers=4, steps=2500, flaws=dict.fromkeys(FLAWS, 0.0), skills=False)
 
 
@@ -177,6 +177,13 @@ def digest(folder: Path) -> str:
     return total.hexdigest()
 
 
+def write_hashes(folder: Path) -> dict[str, str]:
+    """Write the digest of every model in a folder to `hashes.json` there."""
+    hashes = {one.name: digest(one) for one in sorted(folder.iterdir()) if one.is_dir()}
+    (folder / "hashes.json").write_text(json.dumps(hashes, indent=1) + "\n", encoding="utf-8")
+    return hashes
+
+
 def main() -> None:
     """Build or check, as asked."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
@@ -192,8 +199,7 @@ def main() -> None:
         raise SystemExit(check(given.output_dir))
     name = "teacher" if given.teacher else str(given.seed)
     build(given.output_dir / name, TEACHER if given.teacher else BASE, 0 if given.teacher else given.seed)
-    sizes = {file.name: file.stat().st_size for file in sorted((given.output_dir / name).iterdir())}
-    print(json.dumps({"sha256": digest(given.output_dir / name), "bytes": sum(sizes.values())}))
+    print(json.dumps(write_hashes(given.output_dir), indent=1))
 
 
 if __name__ == "__main__":

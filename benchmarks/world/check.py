@@ -10,6 +10,7 @@ from typing import Any
 from benchmarks.world.base import digest
 from benchmarks.world.measure import measure, write, writer
 from benchmarks.world.skills import Example, judge_example, knowledge_example, revision_example
+from benchmarks.world.words import KIND_WORDS
 from benchmarks.world.world import TRAINED, World
 
 
@@ -29,7 +30,7 @@ def skills(folder: Path, n: int = 300) -> dict[str, float]:
     generator = writer(folder, temperature=0.0)
 
     def share(given: Sequence[Example], turn: int) -> float:
-        """How often the model writes the example's turn; several right revisions count by their last word's kind."""
+        """How often the model writes the example's turn."""
         asked = [_conversation(one.turns[:turn]) for one in given]
         texts = write(generator, asked, 0)
         return fmean(_same(text, one.turns[turn]) for text, one in zip(texts, given, strict=True))
@@ -56,9 +57,11 @@ def _conversation(turns: Sequence[str]) -> list[dict[str, str]]:
 
 
 def _same(text: str, wanted: str) -> bool:
-    """Equal, or equal but for the last word of a review, which is drawn."""
-    reviewed = wanted.startswith("The ") and text.startswith("The ")
-    return text.rpartition(" ")[0] == wanted.rpartition(" ")[0] if reviewed else text == wanted
+    """Equal; of a revised review the last word is drawn, so there any kind word does."""
+    head, _, last = wanted.rstrip(".").rpartition(" ")
+    if wanted.startswith("The ") and last in KIND_WORDS:
+        return text in {f"{head} {word}." for word in KIND_WORDS}
+    return text == wanted
 
 
 def check(folder: Path) -> int:

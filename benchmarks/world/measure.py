@@ -13,7 +13,7 @@ from stagekit.models import load_policy, load_tokenizer
 from stagekit.requests import Message, Request, Sampling
 
 
-MAX_NEW_TOKENS = 40
+MAX_NEW_TOKENS = 28
 BATCH = 256
 QUESTIONS = 200
 """Held-out questions of each family in a measurement."""

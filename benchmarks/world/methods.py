@@ -11,8 +11,8 @@ from benchmarks.world.world import TRAINED, World
 Data = Mapping[str, list[rows.Row]]
 Kind = Literal["policy", "reward", "process_reward", "constitutional"]
 REQUESTS = ("harmful", "harmless")
-PAIRS = 1600
-DEMONSTRATIONS = 1600
+PAIRS = 1200
+DEMONSTRATIONS = 1200
 
 
 @dataclass(frozen=True)
@@ -56,12 +56,14 @@ def _both(noise: float) -> Callable[[World], Data]:
 
 
 def _steps(world: World) -> Data:
-    return {"rows": rows.step_labels(world, 800), "held_out": rows.step_labels(world, 200, split="dev")}
+    return {"rows": rows.step_labels(world, 800), "held_out": rows.step_labels(world, 100, split="dev")}
 
 
-def _red_team(world: World) -> Data:
-    others = tuple(family for family in TRAINED if family != "harmful")
-    return {"red_team": rows.prompts(world, 320, ("harmful",)), "helpful": rows.prompts(world, 560, others)}
+def _requests(world: World) -> Data:
+    """Requests to criticise and revise, harmful and harmless, and other prompts that are answered once."""
+    others = tuple(family for family in TRAINED if family not in REQUESTS)
+    requests = rows.prompts(world, 160, ("harmful",)) + rows.prompts(world, 400, ("harmless",))
+    return {"requests": requests, "others": rows.prompts(world, 360, others)}
 
 
 def _table() -> dict[str, Method]:
@@ -92,7 +94,10 @@ def _table() -> dict[str, Method]:
         ("discopop", ()),
     ):
         chosen = [f"stages.dpo.method.loss={loss}", *more]
-        made.append(Method(f"dpo-{loss}-10", "dpo-losses", "dpo", _pairs(0.1), chosen, "dpo-random", seeds=1))
+        made.append(
+            Method(f"dpo-{loss}-10", "dpo-losses", "dpo_losses", _pairs(0.1), chosen, "dpo-losses-random", seeds=1)
+        )
+    made.append(Method("dpo-losses-random", "dpo-losses", "dpo_losses", _pairs(0.5), seeds=1))
     made.append(Method("dpo-lora-10", "lora", "dpo_lora", _pairs(0.1), (), "dpo-random"))
     for name in ("kto", "orpo", "cpo", "simpo"):
         made.append(Method(f"{name}-10", name, name, _pairs(0.1), (), f"{name}-random"))
@@ -108,8 +113,8 @@ def _table() -> dict[str, Method]:
     ]  # fmt: skip
     for name, errors in (("self", None), ("scripted", 0.1), ("wrong", 1.0)):
         made.append(
-            Method(f"cai-{name}", "constitutional", "constitutional", _red_team,
-                   ("stages.sl-cai.training_data={{red-team: {red_team}, helpful: {helpful}}}",),
+            Method(f"cai-{name}", "constitutional", "constitutional", _requests,
+                   ("stages.sl-cai.training_data={{requests: {requests}, others: {others}}}",),
                    None if name == "wrong" else "cai-wrong", "constitutional", errors)
         )  # fmt: skip
     return {method.name: method for method in made}
@@ -137,6 +142,5 @@ def settings(method: Method, files: Mapping[str, Any]) -> list[str]:
     """The row's assignments with the files of its data."""
     given = method.assignments
     if not any("training_data" in one for one in given):
-        stage = method.pipeline.partition("_lora")[0]
-        given = (*given, f"stages.{stage}.training_data={{rows}}")
+        given = (*given, f"stages.{method.pipeline.partition('_')[0]}.training_data={{rows}}")
     return [one.format(**files) for one in given]
