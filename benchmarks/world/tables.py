@@ -110,6 +110,10 @@ def markdown(found: Sequence[Mapping[str, Any]]) -> str:
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     lines += [_line(row) for row in found if "start" in row]
+    notes: dict[str, list[str]] = {}
+    for row in found:
+        notes.setdefault(METHODS[row["row"]].note, []).append(row["row"])
+    lines += ["", *(f"* {', '.join(names)}: {note}." for note, names in notes.items() if note)]
     names = list(MEASURED)
     lines += ["", "## By family: start -> end", "", f"| row | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
     for row in found:
