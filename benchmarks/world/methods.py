@@ -71,11 +71,11 @@ def _requests(world: World) -> Data:
 
 
 NOTES = {
-    "conservative": "cDPO's loss is least at a margin of logit(1 - smoothing) over the noise that is there, so at any noise "
-    "it moves less than plain DPO; what it gives is calibration, which this table does not measure",
-    "robust-0": "assumes a tenth of the pairs to be turned where none is",
+    "conservative": "the loss of cDPO is least at a finite margin, of logit(1 - smoothing) where no pair is turned, so it "
+    "moves less than plain DPO; what it gives is calibration, which this table does not measure",
+    "robust-0": "assumes that a tenth of the pairs is turned where none is",
     "random": "half of the pairs are turned: no signal, so what it gains or loses is not from preferences",
-    "orpo": "the likelihood term of ORPO is of prompt and answer together, and the bases never learnt to write prompts",
+    "orpo": "the likelihood term is of prompt and answer together, and the bases never learnt to write prompts",
     "cai-wrong": "every critique is the opposite of the right one, for harmless requests too",
 }
 """What to know when reading rows whose names contain the key."""
