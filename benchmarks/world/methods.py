@@ -71,11 +71,13 @@ def _requests(world: World) -> Data:
 
 
 NOTES = {
-    "conservative": "the loss of cDPO is least at a finite margin, of logit(1 - smoothing) where no pair is turned, so it "
-    "moves less than plain DPO; what it gives is calibration, which this table does not measure",
+    "conservative": "the loss of cDPO is least at a finite margin, logit(1 - smoothing) where no pair is turned, so "
+    "it moves less than plain DPO; what it gives is calibration, which this table does not measure",
     "robust-0": "assumes that a tenth of the pairs is turned where none is",
     "random": "half of the pairs are turned: no signal, so what it gains or loses is not from preferences",
     "orpo": "the likelihood term is of prompt and answer together, and the bases never learnt to write prompts",
+    "zephyr": "the control is SFT on clean demonstrations alone, which leaves little to learn",
+    "process_reward": "the bases get about a third of the sums right themselves; too little to judge the steps of others",
     "cai-wrong": "every critique is the opposite of the right one, for harmless requests too",
 }
 """What to know when reading rows whose names contain the key."""
