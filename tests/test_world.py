@@ -280,6 +280,9 @@ def test_the_table_says_who_does_not_beat_the_control() -> None:
     assert better["spread"] == pytest.approx(0.1)
     assert better["share_of_gain"] == pytest.approx(0.7)
     assert not tables.summary(method, record(0.9, 0.8), record(0.8, 0.8))["beats_control"]
+    alone = tables.summary(method, record(0.9), record(0.6))
+    assert alone["beats_control"] is None
+    assert "higher (one seed)" in tables.markdown([alone])
     worse = tables.summary(method, record(0.4, 0.4), record(0.4, 0.4))
     assert worse["fallen"] == pytest.approx(dict.fromkeys(MEASURED, -0.1))
     assert "**no**" in tables.markdown([worse])

@@ -77,8 +77,12 @@ NOTES = {
     "random": "half of the pairs are turned: no signal, so what it gains or loses is not from preferences",
     "orpo": "the likelihood term is of prompt and answer together, and the bases never learnt to write prompts",
     "zephyr": "the control is SFT on clean demonstrations alone, which leaves little to learn",
-    "process_reward": "the bases get about a third of the sums right themselves; too little to judge the steps of others",
-    "cai-wrong": "every critique is the opposite of the right one, for harmless requests too",
+    "process_reward": "the bases get about a third of the sums right themselves; too little to judge steps",
+    "discopop": "this loss is not convex: at the reference its slope in the margin is +0.78 at tau 0.05, so the first "
+    "steps go the wrong way",
+    "apo_down": "lowers the chosen answers too: it is for a model that is better than they are",
+    "cai-wrong": "every critique is the opposite of the right one; so it teaches to refuse harmless requests, and "
+    "refusing spreads to the red team: fewer violations there are no proof of a right critic, harmless is",
 }
 """What to know when reading rows whose names contain the key."""
 

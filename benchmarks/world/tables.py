@@ -28,9 +28,9 @@ def by_family(runs: Sequence[Mapping[str, Any]], when: str) -> dict[str, float]:
     return {family: fmean(run[when][family] for run in runs) for family in runs[0][when]}
 
 
-def spread(values: Sequence[float]) -> float:
-    """The largest less the smallest."""
-    return max(values) - min(values)
+def spread(values: Sequence[float]) -> float | None:
+    """The largest less the smallest; None of a single value."""
+    return max(values) - min(values) if len(values) > 1 else None
 
 
 def share_of_gain(start: float, end: float) -> float:
@@ -67,6 +67,9 @@ def summary(method: Method, record: Mapping[str, Any], control: Mapping[str, Any
     for name in ("violations", "red_team", "after_sft", "majority"):
         if name in runs[0]:
             found[name] = _mean([run[name] for run in runs])
+    if "majority" in found:
+        gap = found["end"] - found["majority"]
+        found |= {"gap": gap, "beats_control": None if found["spread"] is None else gap > found["spread"]}
     if control is not None and control["runs"]:
         seeds = {run["seed"] for run in runs}
         same = [run for run in control["runs"] if run["seed"] in seeds]
@@ -74,7 +77,9 @@ def summary(method: Method, record: Mapping[str, Any], control: Mapping[str, Any
         if others:
             found |= {"control": method.control, "control_end": fmean(others)}
             gap = found["end"] - found["control_end"]
-            found["beats_control"] = gap > max(found["spread"], spread(others))
+            found["gap"] = gap
+            known = [one for one in (found["spread"], spread(others)) if one is not None]
+            found["beats_control"] = gap > max(known) if known else None
     return found
 
 
@@ -104,7 +109,8 @@ def markdown(found: Sequence[Mapping[str, Any]]) -> str:
         "Written by `python -m benchmarks.world --table` from the files beside it; see [benchmarks](../../README.md).",
         "Scores are means over the eight trained families of sampled answers to held-out questions, in [0, 1];",
         "spread is the largest less the smallest over the seeds; a row beats its control where the gap is larger than",
-        "the spread of either. `fell`: families that lost more than 0.05.",
+        "the spread of either. A mean of 1600 sampled answers has a standard error of about 0.01, so of one seed only",
+        "larger gaps say something. `fell`: families that lost more than 0.05.",
         "",
         "| row | seeds | start | end | spread | control | share of gain | beats its control | fell | CPU s |",
         "|---|---|---|---|---|---|---|---|---|---|",
@@ -126,12 +132,24 @@ def markdown(found: Sequence[Mapping[str, Any]]) -> str:
 
 def _line(row: Mapping[str, Any]) -> str:
     control = f"{row['control_end']:.3f} ({row['control']})" if "control" in row else "-"
-    verdict = {True: "yes", False: "**no**", None: "-"}[row.get("beats_control")]
     fell = ", ".join(f"{family} {change:+.2f}" for family, change in row["fallen"].items()) or "none"
     return (
-        f"| {row['row']} | {len(row['seeds'])} | {row['start']:.3f} | {row['end']:.3f} | {row['spread']:.3f} "
-        f"| {control} | {row['share_of_gain']:+.0%} | {verdict} | {fell} | {row['cpu_seconds']:.0f} |"
+        f"| {row['row']} | {len(row['seeds'])} | {row['start']:.3f} | {row['end']:.3f} | {_shown(row['spread'])} "
+        f"| {control} | {row['share_of_gain']:+.0%} | {_verdict(row)} | {fell} | {row['cpu_seconds']:.0f} |"
     )
+
+
+def _shown(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
+def _verdict(row: Mapping[str, Any]) -> str:
+    """Whether the row beats its control; of one seed, only which is higher."""
+    if "gap" not in row:
+        return "-"
+    if row["beats_control"] is None:
+        return "higher (one seed)" if row["gap"] > 0 else "**lower** (one seed)"
+    return "yes" if row["beats_control"] else "**no**"
 
 
 def _reward_lines(found: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -143,14 +161,12 @@ def _reward_lines(found: Sequence[Mapping[str, Any]]) -> list[str]:
              "|---|---|---|---|---|---|---|---|"]  # fmt: skip
     for row in rows:
         control = f"{row['control_end']:.3f} ({row['control']})" if "control" in row else "-"
-        verdict = {True: "yes", False: "**no**", None: "-"}[row.get("beats_control")]
         if "majority" in row:
             control = f"{row['majority']:.3f} (the more frequent label)"
-            verdict = "yes" if row["end"] - row["majority"] > row["spread"] else "**no**"
         family, lowest = min(row["families"]["end"].items(), key=lambda one: one[1])
         lines.append(
-            f"| {row['row']} | {len(row['seeds'])} | {row['end']:.3f} | {row['spread']:.3f} | {control} | {verdict} "
-            f"| {family} {lowest:.2f} | {row['cpu_seconds']:.0f} |"
+            f"| {row['row']} | {len(row['seeds'])} | {row['end']:.3f} | {_shown(row['spread'])} | {control} "
+            f"| {_verdict(row)} | {family} {lowest:.2f} | {row['cpu_seconds']:.0f} |"
         )
     return lines
 
