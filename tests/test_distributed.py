@@ -51,6 +51,7 @@ class Launched:
 STAGES: dict[str, dict[str, Any]] = {
     "sft": {"callbacks": {"on_stage_start": "tests.launched:started", "on_batch_complete": "tests.launched:batch"}},
     "dpo": {"method": "dpo", "model": "tiny"},
+    "distilled": {"method": {"type": "distillation", "teacher": "stage:sft", "alpha": 0.7}, "model": "tiny"},
     "unfrozen": {"use_gradual_unfreezing": True, "max_steps": ..., "epochs": 3},
     "measured": {
         "validation_data": "rows", "evaluation_steps": 2, "max_steps": 5, "logging_steps": 3,

@@ -381,6 +381,54 @@ def spies(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
 
 
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "sft": {"stage_type": KIND["sft"], "training_data": "rows"},
+    "dpo": {"stage_type": KIND["dpo"], "training_data": "pairs"},
+    "constitutional": {
+        "stage_type": "constitutional",
+        "training_data": "prompts",
+        "generation": {"max_new_tokens": 24},
+    },
+    "ppo": {
+        "stage_type": "proximal_policy_optimization",
+        "training_data": "questions",
+        "reward_model": vowels,
+        "rollout_samples": 8,
+        "generation": {"max_new_tokens": 6},
+    },
+    "grpo": {
+        "stage_type": "group_relative_policy_optimization",
+        "training_data": "questions",
+        "reward_model": vowels,
+        "rollout_samples": 8,
+        "generation": {"max_new_tokens": 6},
+    },
+    "rejection_sampling": {
+        "stage_type": "rejection_sampling",
+        "training_data": "prompts",
+        "reward_model": "tests.answers:by_length",
+        "rejection_sampling_n": 6,
+        "generation": {"max_new_tokens": 24},
+    },
+    "self_play": {
+        "stage_type": "self_play",
+        "training_data": "rows",
+        "max_training_samples": 4,
+        "self_play_iterations": 1,
+        "generation": {"max_new_tokens": 24},
+        "learning_rate": 1e-4,
+    },
+    "custom": {"stage_type": "custom"},
+    "distillation": {
+        "stage_type": "knowledge_distillation",
+        "training_data": "rows",
+        "teacher_model": "other",
+    },
+    "": {},
+}
+"""What the stages of each kind have."""
+
+
 class World:
     """Data and models that the cases name by short words."""
 
@@ -400,53 +448,8 @@ class World:
         return str(path)
 
     def options(self, case: Case, given: Mapping[str, Any]) -> dict[str, Any]:
-        defaults: dict[str, dict[str, Any]] = {
-            "sft": {"stage_type": KIND["sft"], "training_data": "rows"},
-            "dpo": {"stage_type": KIND["dpo"], "training_data": "pairs"},
-            "constitutional": {
-                "stage_type": "constitutional",
-                "training_data": "prompts",
-                "generation": {"max_new_tokens": 24},
-            },
-            "ppo": {
-                "stage_type": "proximal_policy_optimization",
-                "training_data": "questions",
-                "reward_model": vowels,
-                "rollout_samples": 8,
-                "generation": {"max_new_tokens": 6},
-            },
-            "grpo": {
-                "stage_type": "group_relative_policy_optimization",
-                "training_data": "questions",
-                "reward_model": vowels,
-                "rollout_samples": 8,
-                "generation": {"max_new_tokens": 6},
-            },
-            "rejection_sampling": {
-                "stage_type": "rejection_sampling",
-                "training_data": "prompts",
-                "reward_model": "tests.answers:by_length",
-                "rejection_sampling_n": 6,
-                "generation": {"max_new_tokens": 24},
-            },
-            "self_play": {
-                "stage_type": "self_play",
-                "training_data": "rows",
-                "max_training_samples": 4,
-                "self_play_iterations": 1,
-                "generation": {"max_new_tokens": 24},
-                "learning_rate": 1e-4,
-            },
-            "custom": {"stage_type": "custom"},
-            "distillation": {
-                "stage_type": "knowledge_distillation",
-                "training_data": "rows",
-                "teacher_model": "other",
-            },
-            "": {},
-        }
         trains = {"max_steps": 3, "batch_size": 4, "logging_steps": 1, "learning_rate": 1e-3}
-        base = {**({} if case.kind == "custom" else trains), **defaults[case.kind]}
+        base = {**({} if case.kind == "custom" else trains), **DEFAULTS[case.kind]}
         options = {"name": "stage", **base, **case.shared, **given}
         if options.get("is_evaluation_only"):
             options = {

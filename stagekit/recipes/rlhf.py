@@ -43,7 +43,7 @@ def pipeline(
         output_dir: The run folder.
     """
     form = RewardSource("regex", name="form", weight=0.0, options={"pattern": RULE, "whole": True})
-    adapter = LoRA(rank=16, alpha=32)
+    adapter, cut = LoRA(rank=16, alpha=32), {"max_length": 256}
     sft = TrainingStage(
         name="sft",
         description="learn from demonstrations",
@@ -52,7 +52,7 @@ def pipeline(
         batch_size=4,
         lora=adapter,
         logging_steps=4,
-        trl={"max_length": 256},
+        trl=cut,
     )
     reward = TrainingStage(
         name="reward",
@@ -61,26 +61,23 @@ def pipeline(
         training_data=pairs,
         epochs=2,
         batch_size=8,
-        lora=LoRA(rank=16, alpha=32),
+        lora=adapter,
         logging_steps=4,
-        trl={"max_length": 256},
+        trl=cut,
     )
     ppo = TrainingStage(
         name="ppo",
         description="learn from the reward model's scores",
         method=PPO(
             reward=(RewardSource("stage:reward"), form), rollout_samples=32, epochs_per_batch=2, value_clip_range=None,
-            missing_eos_penalty=1.0, kl_penalty_coefficient=0.02,
-        ),
+            missing_eos_penalty=1.0, kl_penalty_coefficient=0.02),
         training_data=prompts,
         validation_data=held_out,
-        evaluation_steps=32,
-        early_stopping=None,
+        evaluation_steps=32, early_stopping=None,
         generation=Generation(max_new_tokens=40),
         lora=LoRA(rank=16, alpha=32, merge=True),
         learning_rate=5e-5,
-        epochs=1,
-        max_steps=64,
+        epochs=1, max_steps=64,
         batch_size=16,
         logging_steps=1,
         checkpoint_save_steps=16,
