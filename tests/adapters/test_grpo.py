@@ -87,7 +87,7 @@ def test_a_killed_stage_ends_in_the_same_bits(
 
 
 @pytest.mark.parametrize("kind", METHODS)
-def test_the_adapter_of_a_reward_stage_scores(
+def test_t45_the_adapter_of_a_reward_stage_scores(
     kind: str, data: dict[str, str], tiny_model_path: str, tmp_path: Path
 ) -> None:
     first = stage("rm", data["pairs"], Reward(), max_steps=2, lora=LoRA(rank=4))
@@ -119,7 +119,7 @@ def test_every_loss_trains(loss: str, data: dict[str, str], tiny_model_path: str
     assert result["grpo"].steps == 2
 
 
-def test_verifiers_read_the_columns_of_the_data(write_rows: Write, tiny_model_path: str, tmp_path: Path) -> None:
+def test_t18_verifiers_read_the_columns_of_the_data(write_rows: Write, tiny_model_path: str, tmp_path: Path) -> None:
     rows = [
         {"prompt": [{"role": "user", "content": f"{n} + 1 ="}], "solution": str(n + 1), "pattern": "unread"}
         for n in range(8)
@@ -137,7 +137,7 @@ def test_verifiers_read_the_columns_of_the_data(write_rows: Write, tiny_model_pa
         assert line["reward"] == pytest.approx(expected, abs=1e-6)
 
 
-def test_spec_defaults_reach_the_trainer_only_where_they_are_set(
+def test_t46_spec_defaults_reach_the_trainer_only_where_they_are_set(
     data: dict[str, str], tiny_model_path: str, tmp_path: Path
 ) -> None:
     def arguments(kind: str, **options: Any) -> dict[str, Any]:
@@ -176,7 +176,7 @@ def test_the_plan_counts_whole_rollouts(data: dict[str, str], tiny_model_path: s
         ({"type": "rloo", "reward": "m:f", "entropy_coefficient": 0.1}, {}, "method.entropy_coefficient", "unknown"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_is_refused(method: Any, given: dict[str, Any], path: str, message: str) -> None:
+def test_t17_what_cannot_be_is_refused(method: Any, given: dict[str, Any], path: str, message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         TrainingStage(name="s", training_data="x.jsonl", method=method, **given)
     found = [(problem.path, problem.message) for problem in caught.value.problems]

@@ -114,7 +114,7 @@ def test_a_teacher_that_is_the_student_leaves_the_labels_alone(kind: str, build:
     assert float(loss.detach()) == pytest.approx(0.7 * parts["hard_loss"], rel=1e-6)
 
 
-def test_the_loss_is_the_formula_on_whole_logits(build: Any, tiny_model_path: str) -> None:
+def test_t47_the_loss_is_the_formula_on_whole_logits(build: Any, tiny_model_path: str) -> None:
     """The chunks, the mask and the division against the definition, written out on full matrices."""
     teacher = model(tiny_model_path, 1)
     trainer = build(teacher, alpha=0.6, temperature=3.0, chunk_tokens=5, divergence="jsd", mixture=0.3)

@@ -100,7 +100,7 @@ def test_a_checkpoint_of_another_trainer_is_refused(tiny_model_path: str, tmp_pa
         trainer.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2"))
 
 
-def test_too_few_prompts_are_an_error(tiny_model_path: str, tmp_path: Path) -> None:
+def test_t15_too_few_prompts_are_an_error(tiny_model_path: str, tmp_path: Path) -> None:
     trainer = grpo_of(tmp_path, tiny_model_path, rows=3)
     with pytest.raises(ConfigError, match="8 completions, 2 of each prompt, needs 4 prompts, but the data have 3"):
         trainer.train()
