@@ -331,7 +331,8 @@ VERIFIERS = ("exact", "numeric", "regex", "json_schema", "format")
 def _reward_source(value: Any) -> Any:
     if isinstance(value, str) and value in VERIFIERS:
         return f"stagekit.verifiers:{value}"
-    if is_function(value):
+    misspelt = isinstance(value, str) and ":" in value and not value.startswith(("stage:", "package:"))
+    if is_function(value) or misspelt:
         return check_function(value)
     if value is None:
         raise wrong("says no reward: name a function, a reward model or stage:NAME")

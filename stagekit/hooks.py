@@ -98,7 +98,7 @@ class Hooked:
             output.metrics.update({f"{prefix}_{name}": value for name, value in measured.items()})
         if self.hooks.evaluate is not None:
             found = ranks.once(lambda: self._own_metrics(prefix))
-            self._refuse_twice(found, prefix)
+            _refuse_twice(self.hooks.texts, found, prefix)
             output.metrics.update(found)
             self.hooks.tracked.own.update(found)
             missing = self.hooks.tracked.missing()
@@ -108,14 +108,6 @@ class Hooked:
                     f"metrics_to_track: {missing[0]!r} was not measured; custom_evaluation_function returned {have}"
                 )
         return output
-
-    def _refuse_twice(self, found: Mapping[str, float], prefix: str) -> None:
-        names = self.hooks.texts.names if self.hooks.texts is not None else ()
-        for name in names:
-            if f"{prefix}_{name}" in found:
-                raise StageError(
-                    f"custom_evaluation_function returned {name!r}, which stagekit measures; rename yours"
-                )
 
     def _own_metrics(self, prefix: str) -> dict[str, float]:
         assert self.hooks.evaluate is not None
@@ -213,3 +205,10 @@ class Hooked:
         tags = kwargs.get("tags") or []
         kwargs["tags"] = [*([tags] if isinstance(tags, str) else tags), *self.hooks.tags]
         super().create_model_card(*args, **kwargs)  # type: ignore[misc]
+
+
+def _refuse_twice(texts: TextEvaluation | None, found: Mapping[str, float], prefix: str) -> None:
+    """One name cannot stand for two metrics."""
+    for name in texts.names if texts is not None else ():
+        if f"{prefix}_{name}" in found:
+            raise StageError(f"custom_evaluation_function returned {name!r}, which stagekit measures; rename yours")

@@ -16,6 +16,7 @@ os.environ["STAGEKIT_CACHE"] = tempfile.mkdtemp(prefix="stagekit-tests-")
 
 import json
 import shutil
+import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -46,6 +47,17 @@ QUESTIONS_AND_ANSWERS = (
     ("Give me a word that rhymes with cat.", "Hat.", "Dog."),
     ("Is the earth round?", "Yes, it is nearly a sphere.", "It is flat."),
 )
+
+
+def pytest_runtest_teardown() -> None:
+    """A trainer with full determinism leaves it on for the process; the next test starts without."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.are_deterministic_algorithms_enabled():
+        torch.use_deterministic_algorithms(False)
+        torch.backends.cudnn.deterministic = False
+    for name in ("CUDA_LAUNCH_BLOCKING", "CUBLAS_WORKSPACE_CONFIG", "ASCEND_LAUNCH_BLOCKING", "HCCL_DETERMINISTIC",
+                 "FLASH_ATTENTION_DETERMINISTIC"):  # fmt: skip
+        os.environ.pop(name, None)
 
 
 def pytest_unconfigure() -> None:

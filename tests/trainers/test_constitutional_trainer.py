@@ -70,6 +70,8 @@ def test_it_writes_revisions_and_trains_on_them(tmp_path: Path, tiny_model: Any,
 class _Prompting:
     """Just what `prompt_ids` needs."""
 
+    templated = True
+
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
 
