@@ -3,6 +3,7 @@
 import dataclasses
 import logging
 import math
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from stagekit.generating import free_memory, generator_for, open_journal, progress, write_datasets
@@ -29,15 +30,12 @@ def run(job: Job, method: "SelfPlay") -> Outcome:
     )
 
 
-def _prepare(own: Job, number: int, method: "SelfPlay", stage: Job) -> Job:
-    """The job of an iteration with the pairs as its training data."""
-    from datasets import Dataset
-
+def _sampled(own: Job, number: int, method: "SelfPlay", data: Any, where: str, journal_name: str) -> tuple[Any, Any]:
+    """What the opponent answers to the prompts of `data`, and the answers that stand there."""
     from stagekit.trainers import sampling, self_play
 
-    where = f"{own.stage.path}.training_data"
-    prompts = sampling.prompts_from(own.train_dataset, where)
-    answers = self_play.real_answers(own.train_dataset, where)
+    prompts = sampling.prompts_from(data, where)
+    answers = self_play.real_answers(data, where)
     generation = (own.stage.generation or Generation()).model_copy(update={"temperature": method.temperature})
     plan: dict[str, Any] = {
         "policy": generator_for(own, own.model.generates if own.model else None, generation),
@@ -47,24 +45,49 @@ def _prepare(own: Job, number: int, method: "SelfPlay", stage: Job) -> Job:
         "batch_tokens": generation.batch_tokens,
         "iteration": number,
     }
-    shown = progress(own, lambda done: "answers")
-    with open_journal(own, sampling.texts_digest(prompts, **plan), {"policy": plan["policy"].fingerprint}) as journal:
+    shown = progress(own, lambda done: f"answers to {where.rpartition('.')[2]}")
+    digest, info = sampling.texts_digest(prompts, **plan), {"policy": plan["policy"].fingerprint}
+    with open_journal(own, digest, info, journal_name) as journal:
         groups = sampling.sample(
             prompts, **plan, journal=journal, stage="self_play", on_batch=shown, should_stop=own.stop
         )
     plan.clear()
     free_memory()
+    return groups, answers
+
+
+def _prepare(own: Job, number: int, method: "SelfPlay", stage: Job) -> Job:
+    """The job of an iteration with the pairs as its training data; validation data are answered and paired too."""
+    from stagekit.trainers import self_play
+
+    path = own.stage.path
+    groups, answers = _sampled(own, number, method, own.train_dataset, f"{path}.training_data", "journal.jsonl")
     rows = self_play.pairs(groups, answers, number)
+    held_out = own.eval_dataset
+    if held_out is not None:
+        measured = _sampled(own, number, method, held_out, f"{path}.validation_data", "validation.jsonl")
+        held_out = _dataset(self_play.pairs(*measured, number))
     files = write_datasets(own, {"pairs": rows})
     before = []
     if method.mix_previous and number > 1:
         before = read_jsonl(stage.folder / f"iteration-{number - 1}" / "data" / "pairs.jsonl")
     found, dropped = self_play.metrics(groups, answers), self_play.drops(groups, answers)
     _say(own, method, len(rows), len(before), found, dropped)
-    keep = [{key: row[key] for key in ("prompt", "chosen", "rejected")} for row in (*rows, *before)]
     return dataclasses.replace(
-        own, train_dataset=Dataset.from_list(keep), datasets=files, metrics=found, dropped=dropped
+        own,
+        train_dataset=_dataset((*rows, *before)),
+        eval_dataset=held_out,
+        datasets=files,
+        metrics=found,
+        dropped=dropped,
     )
+
+
+def _dataset(rows: Sequence[Mapping[str, Any]]) -> Any:
+    """The pairs as DPO reads them."""
+    from datasets import Dataset
+
+    return Dataset.from_list([{key: row[key] for key in ("prompt", "chosen", "rejected")} for row in rows])
 
 
 def _say(

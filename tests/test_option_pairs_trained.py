@@ -68,7 +68,9 @@ def observed(place: Place, case: Case, given: Any, label: str) -> Any:
         stages.append(place.stage(case.kind, case, {}, name="next"))
     folder = place.folder / label
     SPIES.update(dict.fromkeys(SPIES, 0))
-    TrainingPipeline(name="t", model=place.model, output_dir=folder, stages=tuple(stages)).run(quiet=True)
+    several = any(one.distributed_strategy != "none" for one in stages)
+    pipeline = TrainingPipeline(name="t", model=place.model, output_dir=folder, stages=tuple(stages))
+    pipeline.run(quiet=True, isolate=several)
     (first,) = folder.glob("01-*")
     return case.observe(first)
 

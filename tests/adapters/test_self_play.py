@@ -62,6 +62,18 @@ def test_every_iteration_starts_at_ln_2_against_the_model_of_the_one_before(
     assert {"margin", "real_logps_change", "iteration_1/margin"} <= result.metrics.keys()
 
 
+def test_validation_data_are_answered_and_paired_and_change_nothing_of_the_training(
+    data: str, write_rows: Write, sft_rows: list[Any], tiny_model_path: str, tmp_path: Path
+) -> None:
+    held_out = str(write_rows(sft_rows[4:7], "held-out.jsonl"))
+    given = {"validation_data": held_out, "evaluation_steps": 1, "early_stopping": None}
+    measured = run(tiny_model_path, tmp_path / "measured", played("s", data, **given))["s"]
+    plain = run(tiny_model_path, tmp_path / "plain", played("s", data))["s"]
+    assert {"eval_loss", "iteration_1/eval_loss"} <= measured.metrics.keys()
+    assert len((tmp_path / "measured/01-s/validation.jsonl").read_text().splitlines()) > 3
+    assert same(str(measured.policy), str(plain.policy))
+
+
 def test_the_pairs_of_the_iteration_before_are_learnt_too_unless_told(
     data: str, tiny_model_path: str, tmp_path: Path
 ) -> None:
