@@ -150,7 +150,7 @@ def test_every_process_has_the_result(launched: Launched) -> None:
     assert sorted(one["rank"] for one in launched.said) == [0, 1]
     first, second = sorted(launched.said, key=lambda one: one["rank"])
     assert first == {**second, "rank": 0}
-    assert first["policy"] == str(launched.together / "05-lora/policy")
+    assert first["policy"] == str(launched.together / "06-lora/policy")
 
 
 def test_gradual_unfreezing_lets_ddp_look_for_frozen_weights_and_nothing_else_does(tiny_model_path: str) -> None:

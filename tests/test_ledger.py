@@ -155,7 +155,7 @@ def test_a_constitutional_stage_does_not_only_measure() -> None:
 
 NO_TRAINING = "an evaluation stage does not train; put it on the stage that does"
 OWN = "a custom stage does only what its function does; pass the value to the function through metadata"
-SAMPLES = "ppo, grpo, rloo, online_dpo, constitutional, distillation"
+SAMPLES = "ppo, grpo, rloo, online_dpo, constitutional, rejection_sampling, self_play, distillation"
 NO_USE = "stage type {!r} has no use for it; it belongs to "
 AS_IT_IS = "an evaluation stage measures every row of validation_data as it is"
 STILL = "is_evaluation_only: true does not train"

@@ -67,7 +67,7 @@ def test_a_reward_stage_scores_the_answers(
     prompts: str, write_rows: Write, preference_rows: list[Any], tiny_model_path: str, tmp_path: Path
 ) -> None:
     judge = stage("judge", str(write_rows(preference_rows)), Reward(), max_steps=2)
-    method = {"reward": [{"reward": "stage:judge", "weight": 0.5}, "tests.answers:by_length"], "min_reward": None}
+    method = {"reward": [{"source": "stage:judge", "weight": 0.5}, "tests.answers:by_length"], "min_reward": None}
     result = run(tiny_model_path, tmp_path, judge, sampled("rs", prompts, method=method))
     from stagekit.reward_models import load_reward_model, score
 
@@ -223,9 +223,9 @@ WRONG: list[tuple[dict[str, Any], str, str]] = [
     ({"generation": {"temperature": 0}}, "generation.temperature", "0 gives the same answer 10 times"),
     ({"is_evaluation_only": True, "training_data": None, "validation_data": "x.jsonl",
       "method": {"type": "rejection_sampling", "reward": "a:b", "rounds": 2}}, "method.rounds", "has no effect"),
-    ({"method": {"type": "rejection_sampling", "reward": 3}}, "method.reward", "a reward is a function"),
+    ({"method": {"type": "rejection_sampling", "reward": 3}}, "method.reward", "a hub id"),
     ({"method": {"type": "rejection_sampling", "reward": []}}, "method.reward", "an empty list rewards nothing"),
-    ({"method": {"type": "rejection_sampling", "reward": ["a:b", {"reward": "a:b", "wight": 1}]}},
+    ({"method": {"type": "rejection_sampling", "reward": ["a:b", {"source": "a:b", "wight": 1}]}},
      "method.reward.1.wight", "did you mean 'weight'"),
 ]  # fmt: skip
 
@@ -240,7 +240,7 @@ def test_what_cannot_work_is_told_by_its_path(given: dict[str, Any], path: str, 
 
 @pytest.mark.parametrize(
     ("before", "message"),
-    [("sft", "sft is no stage of type reward"), ("process_reward", "process_reward is no stage of type reward")],
+    [("sft", "it is a sft stage"), ("process_reward", "it is a process_reward stage")],
 )
 def test_only_an_outcome_reward_stage_can_score(
     before: str, message: str, prompts: str, tiny_model_path: str, tmp_path: Path
@@ -251,7 +251,7 @@ def test_only_an_outcome_reward_stage_can_score(
 
 
 def test_a_declaration_survives_its_file_and_is_planned(prompts: str, tiny_model_path: str, tmp_path: Path) -> None:
-    method = {"reward": [{"reward": "tests.answers:by_length", "weight": 2.0}], "rounds": 2, "top_k": 2}
+    method = {"reward": [{"source": "tests.answers:by_length", "weight": 2.0}], "rounds": 2, "top_k": 2}
     declared = pipeline(tiny_model_path, tmp_path, sampled("rs", prompts, method=method))
     assert TrainingPipeline(**to_plain(declared)) == declared
     [entry] = plan(declared)
