@@ -25,7 +25,14 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from benchmarks.world import tokenizer as words
 from benchmarks.world.families import FAMILIES, flawed, good
-from benchmarks.world.skills import Example, judge_example, knowledge_example, one_question, revision_example
+from benchmarks.world.skills import (
+    Example,
+    asking_example,
+    judge_example,
+    knowledge_example,
+    one_question,
+    revision_example,
+)
 from benchmarks.world.world import TRAINED
 
 
@@ -58,10 +65,13 @@ TEACHER = Recipe(hidden=112, layers=4, steps=2500, flaws=dict.fromkeys(FLAWS, 0.
 
 
 def examples(rng: Random, recipe: Recipe) -> Iterator[Example]:
-    """What the model reads: demonstrations, and for a base critiques with revisions, comparisons, knowledge."""
+    """What the model reads: demonstrations and knowledge; a base also critiques with revisions, and comparisons.
+
+    The teacher learns to make up questions instead.
+    """
     weights = {"demonstration": 58, "revision": 20, "judge": 12, "knowledge": 10}
     if not recipe.skills:
-        weights = {"demonstration": 90, "knowledge": 10}
+        weights = {"demonstration": 82, "knowledge": 8, "asking": 10}
     critic = ("harmful", "harmful", "harmless", "review", "known", "unknown", "unknown", "arithmetic", "style")
     for kind in rng.choices(list(weights), list(weights.values()), k=recipe.examples):
         if kind == "demonstration":
@@ -73,6 +83,8 @@ def examples(rng: Random, recipe: Recipe) -> Iterator[Example]:
             yield revision_example(rng, "train", rng.choice(critic), CRITIC_ERRORS)
         elif kind == "judge":
             yield judge_example(rng, "train", rng.choice([name for name in TRAINED if name != "arithmetic"]))
+        elif kind == "asking":
+            yield asking_example(rng)
         else:
             yield knowledge_example(rng)
 
