@@ -14,7 +14,7 @@ from typing import Any
 from benchmarks.world.base import BASES, digest
 from benchmarks.world.families import FAMILIES, Question
 from benchmarks.world.measure import QUESTIONS, answers, measure, writer
-from benchmarks.world.method import Method, settings
+from benchmarks.world.method import Method, settings, uses_teacher
 from benchmarks.world.rows import preferences, write
 from benchmarks.world.skills import violates
 from benchmarks.world.world import TRAINED, Split, World, items_of
@@ -51,8 +51,7 @@ def version(method: Method) -> str:
     total = hashlib.sha256((HERE / "pipelines" / f"{method.pipeline}.yaml").read_bytes())
     total.update(repr((method.assignments, method.critic_errors, method.kind)).encode())
     total.update(json.dumps(method.data(World(0)), sort_keys=True).encode())
-    teacher = ["teacher"] if any("{teacher}" in one for one in method.assignments) else []
-    for name in [*map(str, BASE_SEEDS), *teacher]:
+    for name in (*map(str, BASE_SEEDS), *(("teacher",) if uses_teacher(method) else ())):
         total.update(digest(BASES / name).encode())
     return total.hexdigest()[:16]
 
@@ -75,7 +74,7 @@ def _train(
 ) -> PipelineResult:
     places = {**files, "base": base, "teacher": BASES / "teacher"}
     plain = with_overrides(read(HERE / "pipelines" / f"{method.pipeline}.yaml"), settings(method, places))
-    plain |= {"model": str(base), "output_dir": str(folder / "run")}
+    plain |= {"model": str(places[method.model]), "output_dir": str(folder / "run")}
     for stage in plain["stages"]:
         stage |= {"random_seed": seed, "max_steps": max_steps, "checkpoint_save_epochs": 0, "checkpoint_save_steps": 0}
     if method.critic_errors is not None:

@@ -34,6 +34,7 @@ class Method:
             in the row's file. A curve for example.
         critic_errors: the scripted critic's share of wrong critiques; None: the model criticises itself.
         seeds: how many of the table's seeds it is run with.
+        model: what the pipeline starts from, the base of the seed or the teacher.
         note: what to know when reading the row, without a full stop; stands below the table.
     """
 
@@ -47,6 +48,7 @@ class Method:
     extra: Extra | None = None
     critic_errors: float | None = None
     seeds: int = 3
+    model: Literal["base", "teacher"] = "base"
     note: str = ""
 
 
@@ -60,9 +62,14 @@ def pairs(noise: float, n: int = PAIRS) -> MakeData:
     return lambda world: {"rows": rows.preferences(world, n, noise)}
 
 
+def uses_teacher(method: Method) -> bool:
+    """Whether the teacher is a part of the row."""
+    return method.model == "teacher" or any("{teacher}" in one for one in method.assignments)
+
+
 def settings(method: Method, places: Mapping[str, Any]) -> list[str]:
     """The row's assignments with the files of its data and the models' folders."""
     given = method.assignments
     if not any("training_data" in one for one in given):
         given = (*given, f"stages.{method.pipeline.partition('_')[0]}.training_data={{rows}}")
-    return [one.format(**places) for one in given]
+    return [one.format(**{name: str(place) for name, place in places.items()}) for one in given]
