@@ -311,6 +311,26 @@ def test_a_row_runs_through_the_pipeline_and_is_measured(tmp_path: Path) -> None
     assert {**one, "cpu_seconds": 0} == {**other, "cpu_seconds": 0}
 
 
+def test_the_quick_command_prints_a_row_and_writes_no_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The README's `--quick`, in CI by being here."""
+    from benchmarks.world import __main__, bench
+
+    def results() -> dict[str, bytes]:
+        return {str(path): path.read_bytes() for path in bench.RESULTS.parent.rglob("*") if path.is_file()}
+
+    before = results()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["benchmarks.world", "sft-clean", "--quick"])
+    __main__.main()
+    line = next(line for line in capfd.readouterr().out.splitlines() if line.startswith("sft-clean {"))
+    found = json.loads(line[line.index("{") : line.rindex("}") + 1])
+    assert set(found["end"]) == set(MEASURED)
+    assert found["start"] != found["end"]
+    assert results() == before
+
+
 def test_the_table_says_who_does_not_beat_the_control() -> None:
     def record(*ends: float) -> dict[str, Any]:
         runs = [

@@ -39,7 +39,8 @@ UNKIND = "It is not kind."
 INVENTED = "It says what nobody knows."
 WHICH = "Which response is better?"
 ASK = "Write a new question."
-"""What the teacher is asked for when it makes up questions; examples may follow, each on a line after a dash."""
+"""What the teacher is asked for when it makes up questions; examples may follow, each on a line after a dash. What it
+writes can be a question of any split: keep those of `split_of(...) == "train"` before anything is trained on them."""
 
 
 @dataclass(frozen=True)
