@@ -1,13 +1,13 @@
 """PPO beside that of TRL 1.12, and GRPO and RLOO stages beside TRL's trainers.
 
     python -m pip install --no-deps --target DIR "trl==1.12.*"
-    python -m benchmarks.ppo --trl112 DIR [--seeds 5] [--pairs 20] [--only small large overhead] [--write]
+    python -m benchmarks.ppo --trl112 DIR [--seeds 5] [--pairs 60] [--only PART ...] [--write]
 
 Both sides of a comparison run under the same interpreter; TRL 1.12 comes first on the path of its own processes only.
-Seconds are CPU seconds (user + system) of one thread. Those of PPO are of `train()`, without imports and loading;
-sides take turns, seed by seed. Memory is the growth of a fresh process's peak (VmHWM) during `train()` over what was
-resident before. Results are kept in benchmarks/results/ppo.json, part by part; `--write` puts the tables into
-benchmarks/README.md.
+Seconds are CPU seconds (user + system) of one thread. Those of PPO are of `train()`, without imports and loading, in a
+process for each side; the sides take turns, seed by seed. Memory is the growth of a fresh process's peak (VmHWM)
+during `train()` over what was resident before. Results are kept in benchmarks/results/ppo.json, part by part;
+`--write` puts the tables into benchmarks/README.md.
 """
 
 import argparse
@@ -27,56 +27,98 @@ from benchmarks.overhead import ROOT, TINY, ratio_interval, write_section
 
 
 RESULTS = Path(__file__).parent / "results" / "ppo.json"
-CHUNKS: tuple[int, ...] = (32, 128, 512, 4096)
-"""Tokens whose logits are held at once; 128 is the default on the CPU, 4096 is TRL's own."""
-DEFAULT = 128
+DEFAULT, TRLS = 128, 4096
+"""Tokens whose logits are held at once: by default on the CPU, and TRL's own number."""
+CHUNKS: tuple[int, ...] = (32, DEFAULT, TRLS)
 ROLLOUTS = (64, 256, 384)
 LARGE = {"words": 16_000, "length": 64, "updates": 1, "epochs": 1}
 MIB = 1 << 20
 
 
-def child(side: str, task: Mapping[str, Any], trl112: str) -> dict[str, Any]:
-    """Train one side in a process of its own.
+class Side:
+    """A process that trains one side, task by task; used as a context."""
 
-    Raises:
-        RuntimeError: it failed.
-    """
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TRL_EXPERIMENTAL_SILENCE": "1"}
-    if side == "theirs":
-        environment["PYTHONPATH"] = trl112
-    command = [sys.executable, "-m", "benchmarks.ppo_sides", side, json.dumps(task)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
-    if done.returncode != 0:
-        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    def __init__(self, name: str, trl112: str) -> None:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TRL_EXPERIMENTAL_SILENCE": "1"}
+        if name == "theirs":
+            environment["PYTHONPATH"] = trl112
+        command = [sys.executable, "-m", "benchmarks.ppo_sides", name]
+        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+        self._process = subprocess.Popen(command, text=True, env=environment, cwd=ROOT, **pipes)
+        self.name = name
+
+    def __enter__(self) -> "Side":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._process.communicate()
+
+    def do(self, task: Mapping[str, Any]) -> dict[str, Any]:
+        """What came of a task.
+
+        Raises:
+            RuntimeError: the process ended.
+        """
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(json.dumps(task) + "\n")
+        self._process.stdin.flush()
+        for line in self._process.stdout:
+            if line.startswith("DONE "):
+                found: dict[str, Any] = json.loads(line.removeprefix("DONE "))
+                return found
+        raise RuntimeError(f"{self.name} ended; by hand: echo '{json.dumps(task)}' | python -m benchmarks.ppo_sides")
 
 
 def small(given: argparse.Namespace) -> list[dict[str, Any]]:
     """15 rollouts over 48 words by both, seed by seed."""
     rows = []
-    for seed in range(1, given.seeds + 1):
-        sides = ("ours", "theirs") if seed % 2 else ("theirs", "ours")
-        rows.append({"seed": seed, **{side: child(side, {"seed": seed}, given.trl112) for side in sides}})
-        print(f"small, seed {seed}: {json.dumps(rows[-1])}", flush=True)
+    with Side("ours", given.trl112) as ours, Side("theirs", given.trl112) as theirs:
+        for seed in range(1, given.seeds + 1):
+            sides = (ours, theirs) if seed % 2 else (theirs, ours)
+            rows.append({"seed": seed, **{side.name: side.do({"seed": seed}) for side in sides}})
+            print(f"small: {json.dumps(rows[-1])}", flush=True)
     return rows
 
 
-def large(given: argparse.Namespace) -> list[dict[str, Any]]:
-    """One rollout over 16,000 words, by chunks and by rollout sizes; the rollouts of 64 with every seed."""
+def settings() -> list[tuple[str, int | None]]:
+    """What is compared over a large vocabulary: TRL 1.12, and ours by chunk."""
+    return [("theirs", None), *(("ours", chunk) for chunk in CHUNKS)]
+
+
+def large_task(seed: int, samples: int, chunk: int | None) -> dict[str, Any]:
+    """One rollout over the large vocabulary."""
+    options = {} if chunk is None else {"options": {"logit_chunk_size": chunk}}
+    return {"seed": seed, "samples": samples, **LARGE, **options}
+
+
+def seconds(given: argparse.Namespace) -> list[dict[str, Any]]:
+    """A rollout of 64 over 16,000 words, by setting and seed."""
     rows = []
-    for seed in range(1, given.seeds + 1):
-        for samples in ROLLOUTS if seed == 1 else ROLLOUTS[:1]:
-            chunks = CHUNKS if samples == ROLLOUTS[0] else (DEFAULT,)
-            sides: list[tuple[str, int | None]] = [("theirs", None), *(("ours", chunk) for chunk in chunks)]
-            for side, chunk in sides if seed % 2 else reversed(sides):
-                task = {"seed": seed, "samples": samples, **LARGE}
-                if chunk is not None:
-                    task["options"] = {"logit_chunk_size": chunk}
-                found = {"seed": seed, "samples": samples, "side": side, "chunk": chunk}
-                found |= child(side, task, given.trl112)
-                rows.append(found)
-                print(f"large: {json.dumps(found)}", flush=True)
+    with Side("ours", given.trl112) as ours, Side("theirs", given.trl112) as theirs:
+        sides = {"ours": ours, "theirs": theirs}
+        for seed in range(given.seeds + 1):  # seed 0 warms up
+            for side, chunk in settings() if seed % 2 else reversed(settings()):
+                found = {"seed": seed, "side": side, "chunk": chunk}
+                found |= sides[side].do(large_task(seed, ROLLOUTS[0], chunk))
+                if seed:
+                    rows.append(found)
+                    print(f"seconds: {json.dumps(found)}", flush=True)
+    return rows
+
+
+def memory(given: argparse.Namespace) -> list[dict[str, Any]]:
+    """The same by setting, and by the size of the rollout, each in a fresh process."""
+    rows = []
+    wanted = [(ROLLOUTS[0], side, chunk) for side, chunk in settings()]
+    wanted += [
+        (samples, side, chunk) for samples in ROLLOUTS[1:] for side, chunk in settings() if chunk in (None, DEFAULT)
+    ]
+    for samples, name, chunk in wanted:
+        with Side(name, given.trl112) as side:
+            found = {"samples": samples, "side": name, "chunk": chunk, **side.do(large_task(1, samples, chunk))}
+        rows.append(found)
+        print(f"memory: {json.dumps(found)}", flush=True)
     return rows
 
 
@@ -90,7 +132,7 @@ def overhead(given: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
-PARTS = {"small": small, "large": large, "overhead": overhead}
+PARTS = {"small": small, "seconds": seconds, "memory": memory, "overhead": overhead}
 
 
 def small_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -121,49 +163,60 @@ def small_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     ]
 
 
-def large_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Seconds and memory by chunk, memory by size of the rollout."""
-
-    def of(side: str, samples: int, chunk: int | None, what: str) -> list[float]:
-        wanted = (side, samples, chunk)
-        return [row[what] for row in rows if (row["side"], row["samples"], row["chunk"]) == wanted]
-
-    first, theirs = ROLLOUTS[0], {}
-    for what in ("cpu_seconds", "growth"):
-        theirs[what] = of("theirs", first, None, what)
+def chunk_table(found: Mapping[str, Any]) -> list[str]:
+    """Seconds and memory by chunk."""
+    spent = {
+        one: [row["cpu_seconds"] for row in found["seconds"]["rows"] if _setting(row) == one] for one in settings()
+    }
+    grown = {one: _growth(found, ROLLOUTS[0], one) for one in settings()}
+    theirs = settings()[0]
     lines = [
-        f"One rollout of {first} completions of {LARGE['length']} tokens over {LARGE['words']:,} words, one pass; "
-        f"medians of {len(theirs['growth'])} seeds, ratios seed by seed:",
+        f"One rollout of {ROLLOUTS[0]} completions of {LARGE['length']} tokens over {LARGE['words']:,} words, one "
+        f"pass; seconds are medians of {len(spent[theirs])} seeds, ratios medians seed by seed, memory of one fresh "
+        "process each:",
         "",
-        "| `logit_chunk_size` | CPU s | of TRL 1.12's | peak growth, MiB | of TRL 1.12's |",
-        "|---|---|---|---|---|",
-        f"| (TRL 1.12) | {statistics.median(theirs['cpu_seconds']):.2f} | 1 "
-        f"| {statistics.median(theirs['growth']) / MIB:.0f} | 1 |",
+        "| | `logit_chunk_size` | CPU s | of TRL 1.12's | peak growth, MiB | of TRL 1.12's |",
+        "|---|---|---|---|---|---|",
     ]
-    ratios: dict[str, list[float]] = {"cpu_seconds": [], "growth": []}
-    for chunk in CHUNKS:
-        cells = []
-        for what, unit in (("cpu_seconds", 1), ("growth", MIB)):
-            own = of("ours", first, chunk, what)
-            ratios[what].append(statistics.median(one / other for one, other in zip(own, theirs[what], strict=True)))
-            cells.append(f"{statistics.median(own) / unit:.{2 if unit == 1 else 0}f} | {ratios[what][-1]:.2f}")
-        name = {DEFAULT: " (default)", 4096: " (TRL 1.16's)"}.get(chunk, "")
-        lines.append(f"| {chunk}{name} | {' | '.join(cells)} |")
-    lines += [
+    times, sizes = [], []
+    for one in settings():
+        time = statistics.median(own / other for own, other in zip(spent[one], spent[theirs], strict=True))
+        size = grown[one] / grown[theirs]
+        if one != theirs:
+            times.append(time)
+            sizes.append(size)
+        name = {None: "", DEFAULT: f"{DEFAULT} (default)", TRLS: f"{TRLS} (TRL 1.16's)"}.get(one[1], str(one[1]))
+        lines.append(
+            f"| {'TRL 1.12' if one == theirs else 'stagekit'} | {name} | {statistics.median(spent[one]):.2f} "
+            f"| {time:.2f} | {grown[one] / MIB:.0f} | {size:.2f} |"
+        )
+    return [
+        *lines,
         "",
-        f"* one setting takes at most 1.1 of the time: {_held(min(ratios['cpu_seconds']) <= 1.1)}",
-        f"* one setting grows by at most 0.8 of the memory: {_held(min(ratios['growth']) <= 0.8)}",
-        "",
-        "| peak growth, MiB, and CPU s by rollout | " + " | ".join(f"R = {samples}" for samples in ROLLOUTS) + " |",
+        f"* one setting takes at most 1.1 of the time: {_held(min(times) <= 1.1)}",
+        f"* one setting grows by at most 0.8 of the memory: {_held(min(sizes) <= 0.8)}",
+    ]
+
+
+def memory_table(found: Mapping[str, Any]) -> list[str]:
+    """Memory by the size of the rollout."""
+    lines = [
+        "| peak growth, MiB | " + " | ".join(f"R = {samples}" for samples in ROLLOUTS) + " |",
         "|---" * (len(ROLLOUTS) + 1) + "|",
     ]
-    for side, chunk, name in (("theirs", None, "TRL 1.12"), ("ours", DEFAULT, "stagekit, default")):
-        cells = [
-            f"{of(side, samples, chunk, 'growth')[0] / MIB:.0f}, {of(side, samples, chunk, 'cpu_seconds')[0]:.1f} s"
-            for samples in ROLLOUTS
-        ]
+    for one, name in ((("theirs", None), "TRL 1.12"), (("ours", DEFAULT), "stagekit, default")):
+        cells = [f"{_growth(found, samples, one) / MIB:.0f}" for samples in ROLLOUTS]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return lines
+
+
+def _setting(row: Mapping[str, Any]) -> tuple[str, int | None]:
+    return row["side"], row["chunk"]
+
+
+def _growth(found: Mapping[str, Any], samples: int, setting: tuple[str, int | None]) -> float:
+    rows = found["memory"]["rows"]
+    return float(next(row["growth"] for row in rows if row["samples"] == samples and _setting(row) == setting))
 
 
 def overhead_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -189,9 +242,6 @@ def overhead_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     return lines
 
 
-TABLES = {"small": small_table, "large": large_table, "overhead": overhead_table}
-
-
 def _held(holds: bool) -> str:
     return "held" if holds else "**missed**"
 
@@ -199,16 +249,21 @@ def _held(holds: bool) -> str:
 def as_markdown(found: Mapping[str, Any], command: str) -> str:
     """All tables that have results, with the command and the versions that made them."""
     packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "trl", "transformers"))
-    lines = [f"`{command}`, Python {platform.python_version()}, {packages}, one thread, CPU."]
-    for part, table in TABLES.items():
-        if part in found:
-            lines += [
-                "",
-                *table(found[part]["rows"]),
-                "",
-                f"Load average {found[part]['load']} on {os.cpu_count()} cores.",
-            ]
+    lines = [f"`{command}`, Python {platform.python_version()}, {packages}, one thread, CPU; load average on "
+             f"{os.cpu_count()} cores {_loads(found)}."]  # fmt: skip
+    if "small" in found:
+        lines += ["", *small_table(found["small"]["rows"])]
+    if "seconds" in found and "memory" in found:
+        lines += ["", *chunk_table(found)]
+    if "memory" in found:
+        lines += ["", *memory_table(found)]
+    if "overhead" in found:
+        lines += ["", *overhead_table(found["overhead"]["rows"])]
     return "\n".join(lines) + "\n"
+
+
+def _loads(found: Mapping[str, Any]) -> str:
+    return ", ".join(f"{found[part]['load']} ({part})" for part in PARTS if part in found)
 
 
 def main() -> None:
@@ -216,12 +271,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trl112", help="the folder that TRL 1.12 was installed into")
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--pairs", type=int, default=20)
-    parser.add_argument("--block", type=int, default=6, help="steps of a block of the overhead (default 6)")
+    parser.add_argument("--pairs", type=int, default=60)
+    parser.add_argument("--block", type=int, default=2, help="steps of a block of the overhead (default 2)")
     parser.add_argument("--only", nargs="*", choices=PARTS, default=list(PARTS), help="none: the tables alone")
     parser.add_argument("--write", action="store_true")
     given = parser.parse_args()
-    if given.trl112 is None and {"small", "large"} & set(given.only):
+    if given.trl112 is None and set(given.only) - {"overhead"}:
         parser.error("--trl112 DIR is needed for TRL 1.12; see above how to install it")
     found = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     for part in given.only:

@@ -1,9 +1,10 @@
-"""The two sides of `benchmarks.ppo`, each in a process of its own: our PPO, and that of TRL 1.12.
+"""The two sides of `benchmarks.ppo`, each in processes of its own: our PPO, and that of TRL 1.12.
 
-    python -m benchmarks.ppo_sides ours|theirs '{"seed": 1, ...}'
+    echo '{"seed": 1}' | python -m benchmarks.ppo_sides ours|theirs
 
-Both train the same random Llama on the same prompts and count one word in its completions; the last line of the output
-is a JSON object. The side of TRL 1.12 imports nothing of stagekit.
+Both train the same random Llama on the same prompts and count one word in its completions. A process reads a task from
+each line of its input, and answers each with a line that is DONE and a JSON object. The side of TRL 1.12 imports
+nothing of stagekit.
 """
 
 import json
@@ -171,18 +172,22 @@ def measured(trainer: Any) -> dict[str, Any]:
     return {"cpu_seconds": seconds, "growth": status_of("VmHWM") - before}
 
 
-def main() -> None:
-    """Train one side and print what came of it."""
-    side, task = sys.argv[1], Task(**json.loads(sys.argv[2]))
-    torch.set_num_threads(1)
+def done(side: str, task: Task) -> dict[str, Any]:
+    """What came of a task; `growth` is that of a fresh process in the first one only."""
     with tempfile.TemporaryDirectory() as folder:
         policy = str(Path(folder, "policy"))
         llama(task.words, task.width, 2, task.seed).save_pretrained(policy)
         trainer = (our_trainer if side == "ours" else their_trainer)(task, policy, folder)
         found = measured(trainer)
-        key = "objective/score" if side == "ours" else "objective/scores"
-        found["scores"] = [line[key] for line in trainer.state.log_history if key in line]
-    print(json.dumps(found))
+    key = "objective/score" if side == "ours" else "objective/scores"
+    return {**found, "scores": [line[key] for line in trainer.state.log_history if key in line]}
+
+
+def main() -> None:
+    """Do the tasks of the input, one by one."""
+    torch.set_num_threads(1)
+    for line in sys.stdin:
+        print("DONE " + json.dumps(done(sys.argv[1], Task(**json.loads(line)))), flush=True)
 
 
 if __name__ == "__main__":
