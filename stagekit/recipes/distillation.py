@@ -58,6 +58,7 @@ def pipeline(
         method=SFT(),
         lora=LoRA(rank=16, alpha=32, dropout=0.0, target_modules="all-linear", merge=True),
         epochs=1,
+        max_training_samples=176,
         **shared,
     )
     control = TrainingStage(
@@ -65,7 +66,7 @@ def pipeline(
         description="the student's start, rows and steps without the teacher: sft",
         method=Distillation(teacher="stage:teacher", init_student=InitStudent(layers=layers), alpha=0.0),
         learning_rate=3e-4,
-        epochs=2,
+        epochs=1,
         **shared,
     )
     student = TrainingStage(
@@ -75,7 +76,7 @@ def pipeline(
             teacher="stage:teacher", init_student=InitStudent(layers=layers), alpha=0.7, hidden_states=True
         ),
         learning_rate=3e-4,
-        epochs=2,
+        epochs=1,
         **shared,
     )
     compare = TrainingStage(
