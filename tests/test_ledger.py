@@ -117,7 +117,7 @@ def test_a_value_that_is_not_built_is_refused_with_what_is_missing(path: str, va
     assert key in {"", "loss", "mode"} and group in TrainingStage.model_fields
 
 
-UNTOUCHED = "the function gets every row, in the order of the data"
+UNTOUCHED = "every row is read, in the order of the data"
 
 
 @pytest.mark.parametrize(
