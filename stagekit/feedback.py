@@ -152,7 +152,7 @@ def _say(job: Job, made: Sequence["Label"], rows: Sequence[Any], found: dict[str
     numbers = ", ".join(f"{name} {value:.3g}" for name, value in found.items())
     if numbers:
         job.show.line(f"  {numbers}")
-    table = feedback.by_principle(made)
+    table = feedback.by_principle(feedback.label_rows(made))
     if len(table) > 1:
         cells = [
             (name, str(one["labels"]), f"{one['decided']:.0%}", f"{one['right']:.0%}" if "right" in one else "")

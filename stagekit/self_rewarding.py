@@ -58,10 +58,10 @@ def _prepare(own: Job, number: int, method: "SelfRewarding") -> Job:
     groups = judge.rated(groups, "judgements.jsonl")
     del judge
     free_memory()
-    rows = self_rewarding.pairs(groups, method.tie_margin)
+    rows = self_rewarding.pairs(groups, method.margin)
     files = write_datasets(own, {"preferences": rows, "scored": scored_rows(groups)})
-    found.update(self_rewarding.metrics(groups, method.tie_margin))
-    dropped = self_rewarding.drops(groups, method.tie_margin)
+    found.update(self_rewarding.metrics(groups, method.margin))
+    dropped = self_rewarding.drops(groups, method.margin)
     _say(own, rows, groups, found, dropped)
     return dataclasses.replace(
         own,

@@ -69,8 +69,9 @@ class SelfRewarding(OwnPairs):
     """Who judges instead of the model: a model, a server, or (with `judge_by: comparison`) a function
     `f(prompts, first, second) -> list[float]`; the same in every iteration. None = the model itself, the method."""
 
-    tie_margin: NonNegativeFloat = 0.0
-    """A prompt makes a pair where the scores of its best and its worst answer differ by more than this."""
+    tie_margin: NonNegativeFloat | None = None
+    """A prompt makes a pair where the scores of its best and its worst answer differ by more than this. None = 0 for
+    scores, 0.02 for comparisons."""
 
     beta: PositiveFloat = 0.1
     """Strength of the tie to the model at the start of the iteration. TRL: `beta`."""
@@ -85,6 +86,13 @@ class SelfRewarding(OwnPairs):
     columns: ClassVar = (("prompt",),)
     validation_columns: ClassVar = (("prompt", "chosen", "rejected"),)
     makes: ClassVar = ("preferences", "scored")
+
+    @property
+    def margin(self) -> float:
+        """The tie margin that counts."""
+        if self.tie_margin is not None:
+            return self.tie_margin
+        return 0.0 if self.judge_by == "score" else 0.02
 
     def problems(self, stage: "TrainingStage") -> Iterable[Problem]:
         """Answers that cannot be told apart, judges that cannot be asked so, and options of the other way to judge."""
@@ -101,14 +109,14 @@ class SelfRewarding(OwnPairs):
                 yield Problem(f"method.{option}", f"has no effect without judge_by: {other}")
         if self.judge_by == "comparison":
             yield from comparison_problems(self.comparison, self.principles, self.choices)
-            if self.tie_margin >= 1:
-                yield Problem("method.tie_margin", f"{self.tie_margin:g} drops every pair of probabilities; below 1")
+            if self.margin >= 1:
+                yield Problem("method.tie_margin", f"{self.margin:g} drops every pair of probabilities; below 1")
             return
         yield from judge_problems(self.judge, writes=True)
         if self.scoring is not None and (wrong := wrong_with(self.scoring, SCORING_FIELDS, ("response",))):
             yield Problem("method.scoring", wrong)
-        if self.tie_margin >= self.max_score:
-            yield Problem("method.tie_margin", f"{self.tie_margin:g} drops every pair; it is below max_score")
+        if self.margin >= self.max_score:
+            yield Problem("method.tie_margin", f"{self.margin:g} drops every pair; it is below max_score")
 
     def notes(self, stage: "TrainingStage") -> Iterable[str]:
         """How much is written and judged."""

@@ -179,7 +179,7 @@ def _orders(pair: Pair, asking: Asking, seed: int) -> Iterator[_Order]:
             "prompt_id": digest_of(list(pair.messages)),
             "pair": pair.id,
             "principle": principle,
-            "first": digest_of(first),
+            "request": text,
         }
         asked = (_turn("user", text),)
         yield _Order(_name(pair, first), Comparison(pair.messages, first, second, principle), asked, facts)

@@ -85,29 +85,32 @@ def responses_from(
     found: list[Responses] = []
     problems: list[Problem] = []
     for place, row in enumerate(rows):
-        given = row.get("prompt")
-        messages = [{"role": "user", "content": given}] if isinstance(given, str) else list(given or ())
-        kept = tuple({"role": message["role"], "content": message["content"]} for message in messages)
-        texts = [_text(row.get(column)) for column in columns]
-        better = row.get(truth) if truth is not None else 0 if tuple(columns) == KNOWN_BY_NAME else None
-        wrong = [wrong_with(kept)]
-        wrong += [
-            f"{column} must be a text, or one turn of the assistant"
-            for column, text in zip(columns, texts, strict=True)
-            if text is None
-        ]
-        wrong += (
-            [f"{truth} is {better!r}; it says which is better: 0, 1, or null"] if better not in (0, 1, None) else []
-        )
-        problems += [Problem(f"{where}: row {place}", one) for one in wrong if one]
-        first, second = (text or "" for text in texts)
-        drop = "empty" if not first.strip() or not second.strip() else _equal(first, second)
-        found.append(Responses(kept, first, second, drop, None if better is None else 1.0 - better))
-    if not found:
+        one, wrong = _response_of(row, columns, truth)
+        problems += [Problem(f"{where}: row {place}", what) for what in wrong]
+        found += [one] if not wrong else []
+    if not found and not problems:
         problems.append(Problem(where, "has no rows"))
     if problems:
         raise ConfigError(problems)
     return found
+
+
+def _response_of(row: Mapping[str, Any], columns: Sequence[str], truth: str | None) -> tuple[Responses, list[str]]:
+    """The two responses of a row, and what is wrong with them."""
+    given = row.get("prompt")
+    messages = [{"role": "user", "content": given}] if isinstance(given, str) else list(given or ())
+    kept = tuple({"role": message["role"], "content": message["content"]} for message in messages)
+    texts = [_text(row.get(column)) for column in columns]
+    better = row.get(truth) if truth is not None else 0 if tuple(columns) == KNOWN_BY_NAME else None
+    asked = wrong_with(kept)
+    wrong = [asked] if asked else []
+    for column, text in zip(columns, texts, strict=True):
+        wrong += [f"{column} must be a text, or one turn of the assistant"] if text is None else []
+    if better not in (0, 1, None):
+        return Responses(kept, "", ""), [*wrong, f"{truth} is {better!r}; it says which is better: 0, 1, or null"]
+    first, second = (text or "" for text in texts)
+    drop = "empty" if not first.strip() or not second.strip() else _equal(first, second)
+    return Responses(kept, first, second, drop, None if better is None else 1.0 - better), wrong
 
 
 def labels(
@@ -225,7 +228,7 @@ def metrics(made: Sequence[Label]) -> dict[str, float]:
     masses = [v.mass for _, v in judged if v.mass is not None]
     if masses:
         found["judge/mass"] = fmean(masses)
-    right = [hit for one in made if (hit := is_right(one)) is not None]
+    right = [hit for one, v in judged if (hit := is_right(one.responses.truth, v.probability)) is not None]
     if right:
         found["judge/accuracy"] = fmean(right)
     longer = [
@@ -238,25 +241,29 @@ def metrics(made: Sequence[Label]) -> dict[str, float]:
     return found
 
 
-def is_right(label: Label) -> float | None:
-    """1 where the judge prefers the response that is known to be better, 1/2 for none of them; None: not known."""
-    truth, p = label.responses.truth, label.verdict.probability if label.verdict is not None else None
+def is_right(truth: float | None, p: float | None) -> float | None:
+    """1 where a judge prefers the response that is known to be better, 1/2 for none of them; None: not known.
+
+    Args:
+        truth: 1 where the first response is the better one, else 0.
+        p: the judge's probability of it.
+    """
     if truth is None or p is None:
         return None
     return 0.5 if p == 0.5 else float((p > 0.5) == (truth > 0.5))
 
 
-def by_principle(made: Sequence[Label]) -> dict[str, dict[str, float]]:
-    """What each principle decided: `labels` asked for by it, the share `decided` of them that are preferences, and
-    `right`, the share of those whose truth is known."""
-    found: dict[str, list[Label]] = defaultdict(list)
-    for label in made:
-        if label.verdict is not None:
-            found[label.verdict.principle].append(label)
+def by_principle(rows: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
+    """What each principle decided, from `label_rows`: `labels` asked for by it, the share `decided` of them that are
+    preferences, and `right`, the share of those whose truth is known."""
+    found: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
+    for row in rows:
+        if row["principle"] is not None:
+            found[row["principle"]].append(row)
     table: dict[str, dict[str, float]] = {}
     for name, ones in sorted(found.items()):
-        table[name] = {"labels": len(ones), "decided": fmean(one.drop is None for one in ones)}
-        right = [hit for one in ones if (hit := is_right(one)) is not None]
+        table[name] = {"labels": len(ones), "decided": fmean(one["drop"] is None for one in ones)}
+        right = [hit for one in ones if (hit := is_right(one["truth"], one["probability"])) is not None]
         if right:
             table[name]["right"] = fmean(right)
     return table

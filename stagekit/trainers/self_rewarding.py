@@ -250,7 +250,7 @@ def _asks(messages: Sequence[Message], text: str, scoring: Scoring, iteration: i
         Ask(
             f"{name}-{number:04d}",
             turns,
-            {"role": "judgement", "round": iteration, "prompt_id": prompt_id, "sample": number, "of": digest_of(text)},
+            {"role": "judgement", "round": iteration, "prompt_id": prompt_id, "sample": number, "request": asked},
         )
         for number in range(scoring.judgements)
     ]
