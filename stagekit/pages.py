@@ -20,6 +20,7 @@ _EXAMPLES: dict[str, str] = {
     "evaluation": "validation_data: rows.jsonl",
     "rejection_sampling": "generation: {max_new_tokens: 256}",
     "self_play": "generation: {max_new_tokens: 256}",
+    "synthetic_data": "training_data: seeds.jsonl   # column prompt; or method.topics",
 }
 """A line that a type's example has beside those of all."""
 
@@ -29,6 +30,7 @@ _METHODS: dict[str, str] = {
     "ppo": "{type: ppo, reward: stage:my-reward}",
     "grpo": "{type: grpo, reward: my_package.my_module:my_reward}",
     "rejection_sampling": "{type: rejection_sampling, reward: my_package.my_module:my_reward}",
+    "synthetic_data": "{type: synthetic_data, teacher: my/teacher, instructions: 1000}",
     "rloo": "{type: rloo, reward: stage:my-reward}",
     "online_dpo": "{type: online_dpo, reward: stage:my-reward}",
 }

@@ -149,6 +149,7 @@ TYPE_NAMES: Mapping[str, str] = {
     "rejection_sampling": "rejection_sampling",
     "self_play": "self_play",
     "distillation": "knowledge_distillation",
+    "synthetic_data": "synthetic_data_training",
     "evaluation": "evaluation",
     "custom": "custom",
 }

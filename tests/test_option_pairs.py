@@ -72,6 +72,8 @@ BESIDE: Mapping[tuple[str, str], Mapping[str, Any]] = {
     ("max_training_samples", "custom"): {"training_data": "rows"},
     ("shuffle_data", "custom"): DRAWN,
     ("data_shuffle_seed", "custom"): DRAWN,
+    ("shuffle_data", "synthetic_data"): DRAWN,
+    ("data_shuffle_seed", "synthetic_data"): DRAWN,
 }
 """What must stand beside an option on one type, instead of what the case says."""
 
@@ -132,6 +134,8 @@ def way_out(name: str, kind: str) -> tuple[str, ...]:
         return ("belongs to",)
     if kind == "custom":
         return ("through metadata",)
+    if kind == "synthetic_data":
+        return ("put it on the stage that learns",)
     if kind == "evaluation":
         return ("put it on the stage that does", "validation_data", "without training")
     return {
@@ -187,7 +191,7 @@ NAMES: Mapping[str, Mapping[str, str]] = {
         "rloo": "reinforcement_learning", "online_dpo": "reinforcement_learning",
         "rejection_sampling": "rejection_sampling", "self_play": "self_play",
         "constitutional": "constitutional", "distillation": "knowledge_distillation", "evaluation": "evaluation",
-        "custom": "custom",
+        "custom": "custom", "synthetic_data": "synthetic_data_training",
     },
     "fine_tuning_method": {
         "sft": "sft", "dpo": "ipo", "kto": "kto", "orpo": "orpo", "cpo": "cpo", "simpo": "simpo",

@@ -49,6 +49,7 @@ from stagekit.adapters import (
     scoring,
     self_play,
     sft,
+    synthetic_data,
 )
 
 
@@ -56,7 +57,7 @@ DESCRIBING = (
     arguments, checks, digest, errors, flat, groups, ledger, measures, options, parity, parse, pending, pipeline,
     selectors, stage, stage_options, trl_fields, base, constitutional, custom, distillation, dpo, evaluation, grpo,
     kto, online_dpo, ppo, process_reward, reference_free, references, reinforcement, rejection_sampling, reward, rloo,
-    scoring, self_play, sft,
+    scoring, self_play, sft, synthetic_data,
 )  # fmt: skip
 
 

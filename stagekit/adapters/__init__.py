@@ -23,16 +23,19 @@ from stagekit.adapters.reward import Reward
 from stagekit.adapters.rloo import RLOO
 from stagekit.adapters.self_play import SelfPlay
 from stagekit.adapters.sft import SFT
+from stagekit.adapters.synthetic_data import SyntheticData
 from stagekit.options import nearest, shown
 
 
 AnyMethod = (
     SFT | DPO | KTO | ORPO | CPO | SimPO | Reward | ProcessReward | PPO | GRPO | RLOO | OnlineDPO
     | Constitutional
-    | RejectionSampling | SelfPlay | Distillation | Evaluation | Custom
+    | RejectionSampling | SelfPlay | Distillation
+    | SyntheticData
+    | Evaluation | Custom
 )  # fmt: skip
 
-PLANNED = ("ai_feedback", "self_rewarding", "synthetic_data", "merge")
+PLANNED = ("ai_feedback", "self_rewarding", "merge")
 """Stage types that have a name and nothing else yet."""
 
 METHODS: dict[str, type[Method]] = {cls.model_fields["type"].default: cls for cls in AnyMethod.__args__}
