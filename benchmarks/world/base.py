@@ -63,7 +63,7 @@ class Recipe:
 
 
 BASE = Recipe(hidden=64, layers=3, steps=6400, batch=32, examples=160000, flaws=FLAWS, skills=True)
-LONGER = {12: replace(BASE, further=1000)}
+LONGER = {12: replace(BASE, further=3000)}
 """Recipes of bases that miss a pass line without a second pass: 12 followed a wrong critique in 0.893 of cases."""
 TEACHER = Recipe(hidden=112, layers=4, steps=2500, flaws=dict.fromkeys(FLAWS, 0.0), skills=False, further=600)
 
