@@ -13,6 +13,7 @@ from stagekit.errors import Problem
 from stagekit.groups import Data, RewardSource, is_function
 from stagekit.measures import problems_of_libraries, text_metrics_of
 from stagekit.options import nearest
+from stagekit.reward_options import columns_of, problems_on_this_machine
 from stagekit.sources import parse_data, parse_model, problems_of_data, problems_of_model
 from stagekit.trl_fields import fields_of
 
@@ -233,6 +234,8 @@ def problems_on_disk(pipeline: "TrainingPipeline") -> list[Problem]:
             problems += _data(path, value, stage)
         problems += _functions(stage)
         problems += problems_of_libraries(stage)
+        rewards = [reward for _, reward in rewards_of(stage)]
+        problems += [Problem(f"{stage.path}.{one.path}", one.message) for one in problems_on_this_machine(rewards)]
     return problems
 
 
@@ -251,7 +254,9 @@ def _data(path: str, value: Any, stage: "TrainingStage") -> list[Problem]:
                 path, f"{data.source!r} is a hub dataset; say which split: {{source: {data.source}, split: train}}"
             )
         ]
-    wanted = stage.method.columns if stage.data_preprocessor is None else ()
+    compared = sorted(set(columns_of([reward for _, reward in rewards_of(stage)])))
+    needed = stage.method.columns if stage.data_preprocessor is None else ()
+    wanted = tuple((*columns, *compared) for columns in needed)
     if path == f"{stage.path}.validation_data" and text_metrics_of(stage):
         wanted = tuple(columns for columns in wanted if "prompt" in columns or columns[0] in _WITH_PROMPTS)
     return problems_of_data(source, path, wanted, data.columns)
