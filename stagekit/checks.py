@@ -13,6 +13,7 @@ from stagekit.errors import Problem
 from stagekit.groups import Data, RewardSource, is_function, is_server
 from stagekit.measures import problems_of_libraries, text_metrics_of
 from stagekit.options import nearest
+from stagekit.reward_options import columns_of, problems_on_this_machine
 from stagekit.sources import parse_data, parse_model, problems_of_data, problems_of_model
 from stagekit.trl_fields import fields_of
 
@@ -233,6 +234,8 @@ def problems_on_disk(pipeline: "TrainingPipeline") -> list[Problem]:
             problems += _data(path, value, stage)
         problems += _functions(stage)
         problems += problems_of_libraries(stage)
+        rewards = [reward for _, reward in rewards_of(stage)]
+        problems += [Problem(f"{stage.path}.{one.path}", one.message) for one in problems_on_this_machine(rewards)]
     return problems
 
 
@@ -252,9 +255,9 @@ def _data(path: str, value: Any, stage: "TrainingStage") -> list[Problem]:
             )
         ]
     held_out = path == f"{stage.path}.validation_data"
-    wanted = (stage.method.validation_columns if held_out else None) or stage.method.wanted_columns()
-    if stage.data_preprocessor is not None:
-        wanted = ()
+    compared = sorted(set(columns_of([reward for _, reward in rewards_of(stage)])))
+    needed = (stage.method.validation_columns if held_out else None) or stage.method.wanted_columns()
+    wanted = tuple((*columns, *compared) for columns in needed) if stage.data_preprocessor is None else ()
     if held_out and text_metrics_of(stage):
         wanted = tuple(columns for columns in wanted if "prompt" in columns or columns[0] in _WITH_PROMPTS)
     return problems_of_data(source, path, wanted, data.columns)
