@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from stagekit.arguments import RESERVED, ignored_in_trl
 from stagekit.errors import Problem
-from stagekit.groups import Data, RewardSource, is_function
+from stagekit.groups import Data, RewardSource, is_function, is_server
 from stagekit.measures import problems_of_libraries, text_metrics_of
 from stagekit.options import nearest
 from stagekit.sources import parse_data, parse_model, problems_of_data, problems_of_model
@@ -78,9 +78,9 @@ def models_of(stage: "TrainingStage") -> Iterator[tuple[str, Any]]:
     """Path and value of every model that the stage names."""
     if stage.model is not None:
         yield f"{stage.path}.model", stage.model
-    for option in ("critique_model", "teacher"):
+    for option in ("critique_model", "teacher", "judge"):
         value = getattr(stage.method, option, None)
-        if value is not None:
+        if value is not None and not is_function(value) and not is_server(value):
             yield f"{stage.path}.method.{option}", value
     scorer = stage.text_metrics.reward_model if stage.text_metrics is not None else None
     if scorer is not None and not is_function(scorer):
@@ -251,8 +251,11 @@ def _data(path: str, value: Any, stage: "TrainingStage") -> list[Problem]:
                 path, f"{data.source!r} is a hub dataset; say which split: {{source: {data.source}, split: train}}"
             )
         ]
-    wanted = stage.method.columns if stage.data_preprocessor is None else ()
-    if path == f"{stage.path}.validation_data" and text_metrics_of(stage):
+    held_out = path == f"{stage.path}.validation_data"
+    wanted = (stage.method.validation_columns if held_out else None) or stage.method.wanted_columns()
+    if stage.data_preprocessor is not None:
+        wanted = ()
+    if held_out and text_metrics_of(stage):
         wanted = tuple(columns for columns in wanted if "prompt" in columns or columns[0] in _WITH_PROMPTS)
     return problems_of_data(source, path, wanted, data.columns)
 
@@ -271,6 +274,9 @@ def functions_of(stage: "TrainingStage") -> Iterator[tuple[str, Any]]:
         value = getattr(stage.text_metrics, option, None)
         if value is not None and is_function(value):
             yield f"text_metrics.{option}", value
+    judge = getattr(stage.method, "judge", None)
+    if judge is not None and is_function(judge):
+        yield "method.judge", judge
     for option, reward in rewards_of(stage):
         if is_function(reward.source):
             yield option, reward.source

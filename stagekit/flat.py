@@ -55,7 +55,7 @@ MOVED: dict[str, Home] = {
     "share_reference_model": Home("reference.mode"),
     "update_reference_model": Home("reference.update_every"),
     "reference_model_update_interval": Home("reference.update_every"),
-    "dpo_beta": Home("method.beta", ("dpo", "kto", "orpo", "cpo", "simpo", "self_play")),
+    "dpo_beta": Home("method.beta", ("dpo", "kto", "orpo", "cpo", "simpo", "self_play", "self_rewarding")),
     "preference_label_smoothing": Home("method.label_smoothing", ("cpo", "dpo")),
     "contrastive_margin": Home("method.margin", ("cpo", "dpo", "simpo")),
     "reward_model": Home("method.reward", (*_RL, "rejection_sampling", "synthetic_data")),

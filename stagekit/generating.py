@@ -38,7 +38,7 @@ def generator_for(job: Job, model: str | None, generation: Generation) -> Genera
     from stagekit.generation import TransformersGenerator
     from stagekit.models import load_policy, load_tokenizer, model_fingerprint
 
-    bf16 = bool(job.setting("bf16"))
+    bf16 = _in_bf16(job)
     lora = job.stage.lora
     quantization = None
     if lora is not None and lora.bits is not None:
@@ -54,6 +54,14 @@ def generator_for(job: Job, model: str | None, generation: Generation) -> Genera
     tokenizer = load_tokenizer(model, job.chat_template)
     fingerprint = f"{model_fingerprint(model)} {loaded.dtype} {lora.bits if lora else None} {sampling}"
     return TransformersGenerator(loaded, tokenizer, sampling, fingerprint, on_token=heartbeat(job))
+
+
+def _in_bf16(job: Job) -> bool:
+    """Whether texts are written in bfloat16: as the stage trains, or, where it has no trainer, as it says itself."""
+    stage = job.stage
+    if stage.method.config_class is None:
+        return stage.use_mixed_precision and stage.mixed_precision_dtype == "bf16"
+    return bool(job.setting("bf16"))
 
 
 def _vllm(job: Job, model: str, sampling: Sampling) -> Generator:

@@ -73,6 +73,23 @@ Scorer = Annotated[
 """What scores answers: a reward model by its name, or a function."""
 
 
+def _judge(value: Any) -> Any:
+    if is_server(value):
+        return value
+    if isinstance(value, str) and ":" in value and not value.startswith(("stage:", "package:")):
+        return check_function(value)
+    return _scorer(value)
+
+
+Judge = Annotated[
+    Any,
+    BeforeValidator(_judge),
+    PlainSerializer(lambda value: function_name(value) if callable(value) else value),
+    WithJsonSchema({"type": ["string", "null"]}),
+]
+"""Who compares responses: a model by its name, a server, or a function."""
+
+
 def _source(value: Any) -> Any:
     if isinstance(value, Path):
         return str(value)

@@ -107,13 +107,21 @@ def _show_texts(show: Show, stage: dict[str, Any]) -> None:
         told += ["says the same as before"] if text["changed"] is False else []
         told += [f"dropped: {text['drop']}"] if text["drop"] else []
         told += [f"reward {text['reward']:.4g}"] if text["reward"] is not None else []
-        show.sample(f"  {text['role']} {text['round']}", {", ".join(one for one in told if one): text["text"]})
-    rows = [
-        (name, str(one["revisions"]), f"{one['changed']:.0%}") for name, one in stage.get("principles", {}).items()
-    ]
-    if rows:
+        told += [f"probability {text['probability']:.2f}"] if text["probability"] is not None else []
+        asked = {"asked": text["request"]} if text["request"] else {}
+        said = {", ".join(one for one in told if one): text["text"]}
+        show.sample(f"  {text['role']} {text['round']}", {**asked, **said})
+    table = stage.get("principles", {})
+    if table:
+        names = list(dict.fromkeys(name for one in table.values() for name in one))
+        rows = [(name, *(_cell(one.get(column)) for column in names)) for name, one in table.items()]
         show.line()
-        show.table(f"{stage['name']}: what each principle did", ("principle", "revisions", "changed the answer"), rows)
+        show.table(f"{stage['name']}: what each principle did", ("principle", *names), rows)
+
+
+def _cell(value: float | None) -> str:
+    """A count as it is, a share in per cent."""
+    return "" if value is None else str(value) if isinstance(value, int) else f"{value:.0%}"
 
 
 def show_end(result: PipelineResult) -> None:

@@ -33,6 +33,11 @@ def by_length(prompts: Any, completions: Any, **columns: Any) -> list[float]:
     return [float(len(text if isinstance(text, str) else text[0]["content"])) for text in completions]
 
 
+def likes_longer(prompts: Any, first: Any, second: Any) -> list[float]:
+    """A judge: the longer response is the better one."""
+    return [(len(one) > len(other)) + 0.5 * (len(one) == len(other)) for one, other in zip(first, second, strict=True)]
+
+
 def by_shortness(prompts: Any, completions: Any, **columns: Any) -> list[float]:
     """A reward: above 0, and the higher the fewer characters an answer has."""
     return [1 / (1 + length) for length in by_length(prompts, completions)]

@@ -99,7 +99,8 @@ def test_the_answers_to_validation_data_are_told_too(write_rows: Write, tiny_mod
     data = str(write_rows([{**row, "completion": "It is."} for row in PROMPTS], "rows.jsonl"))
     generation = Generation(backend="tests.answers:short")
     method = SelfPlay(iterations=1, responses_per_prompt=2)
-    one = stage("sp", data, method, max_steps=1, generation=generation, validation_data=data)
+    held_out = str(write_rows([{"prompt": f"{n} + 2?", "completion": "It is."} for n in range(3)], "held.jsonl"))
+    one = stage("sp", data, method, max_steps=1, generation=generation, validation_data=held_out)
     run(tiny_model_path, tmp_path, one)
     found = samples(tmp_path / "01-sp", 2)
     assert [text["journal"] for text in found] == ["journal"] * 4 + ["validation"] * 4

@@ -119,13 +119,19 @@ def test_the_table_above_has_no_circle() -> None:
         waiting = {name: below for name, below in waiting.items() if name not in free}
 
 
-SHARED = {"adapters.references", "adapters.reinforcement", "adapters.scoring"}
+SHARED = {
+    "adapters.judged",
+    "adapters.own_pairs",
+    "adapters.references",
+    "adapters.reinforcement",
+    "adapters.scoring",
+}
 """What several stage types have in common; no type of its own."""
 
 
 @pytest.mark.parametrize("module", [name for name in MODULES if name.startswith("stagekit.adapters.")])
 def test_a_stage_type_s_module_imports_options_at_its_top_and_machinery_inside_functions(module: str) -> None:
-    allowed = {"adapters.base", "errors", "groups", "options", "stage_options", *SHARED}
+    allowed = {"adapters.base", "errors", "groups", "options", "stage_options", "templates", *SHARED}
     assert own(module, everywhere=False) <= allowed
     assert not own(module, everywhere=True) & {"pipeline", "parse", "stage", "flat", "ledger", "walk", "runner"}
 
@@ -143,6 +149,7 @@ BLIND = (
     "stagekit.data",
     "stagekit.generation",
     "stagekit.decoding",
+    "stagekit.choosing",
 )
 
 
