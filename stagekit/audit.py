@@ -25,61 +25,62 @@ def texts(folder: Path) -> Iterator[dict[str, Any]]:
     """
     for place in places(folder):
         prompts, rewards, drops = _prompts(place), _rewards(place), _drops(place)
-        for name, records in _journals(place):
-            changed = {record["key"]: does for record, does in _revisions(records)}
-            for record in sorted(records, key=_order):
-                yield {
-                    "iteration": "" if place == folder else place.name,
-                    "journal": name,
-                    "prompt": prompts.get(record["prompt_id"]),
-                    "role": record["role"],
-                    "round": record["round"],
-                    "principle": record.get("principle"),
-                    "topic": record.get("topic"),
-                    "sample": record.get("sample"),
-                    "text": record["text"],
-                    "finish_reason": record["finish_reason"],
-                    "tokens": record["n_new"],
-                    "reward": rewards.get(record["key"]),
-                    "changed": changed.get(record["key"]),
-                    "drop": drops.get(record["key"]),
-                    "request": record.get("request") if record["role"] in ("thought", "judgement") else None,
-                    "probability": record.get("probability"),
-                    "key": record["key"],
-                }
+        named = list(_records(place))
+        changed = {record["key"]: does for record, does in _revisions(record for _, record in named)}
+        for journal, record in sorted(named, key=lambda one: _order(one[1])):
+            yield {
+                "iteration": "" if place == folder else place.name,
+                "journal": journal,
+                "prompt": prompts.get(record["prompt_id"]),
+                "role": record["role"],
+                "round": record["round"],
+                "principle": record.get("principle"),
+                "topic": record.get("topic"),
+                "sample": record.get("sample"),
+                "text": record["text"],
+                "finish_reason": record["finish_reason"],
+                "tokens": record["n_new"],
+                "reward": rewards.get(record["key"]),
+                "changed": changed.get(record["key"]),
+                "drop": drops.get(record["key"]),
+                "request": record.get("request") if record["role"] in ("thought", "judgement") else None,
+                "probability": record.get("probability"),
+                "key": record["key"],
+            }
 
 
 def samples(folder: Path, count: int) -> list[dict[str, Any]]:
-    """All texts of `count` prompts, spread over each journal of the last iteration that wrote any; fewer where there
-    are fewer."""
-    found: dict[str, dict[str, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
+    """All texts of `count` prompts of the last iteration that wrote any, fewer where there are fewer; where requests
+    for instructions, or prompts of validation data, stand beside the others, of as many of each kind."""
+    found: dict[str, list[dict[str, Any]]] = defaultdict(list)
     last = places(folder)[-1:]
     iteration = "" if last in ([], [folder]) else last[0].name
     for text in texts(folder):
         if text["iteration"] == iteration and text["prompt"] is not None:
-            found[text["journal"]][text["prompt"]].append(text)
+            found[text["prompt"]].append(text)
+    kinds: dict[str, list[str]] = {name.partition(".")[0]: [] for name in TEXTS}
+    for prompt, written in sorted(found.items()):
+        kinds[min((text["journal"] for text in written), key=list(kinds).index)].append(prompt)
     shown = []
-    for prompts in found.values():
-        names = sorted(prompts)
+    for names in kinds.values():
         picked = [names[place * len(names) // count] for place in range(count)] if len(names) > count else names
-        shown += [text for name in picked for text in prompts[name]]
+        shown += [text for name in picked for text in found[name]]
     return shown
 
 
 def principles(folder: Path) -> dict[str, dict[str, float]]:
     """What each principle did. Of a constitution: `revisions` asked for by it, and the share `changed` of them that
-    say something else than the answer they revise, its hit rate; which ones, `texts` says of each revision. Of AI
-    feedback: `labels` asked for by it, the share `decided` of them that are preferences, and the share `right` where
-    it is known which response is better."""
+    say something else than the answer they revise, its hit rate; which ones, `texts` tells. Of AI feedback: `labels`
+    asked for by it, the share `decided` of them that are preferences, and the share `right` where it is known which
+    response is better."""
     if (folder / "data" / "labels.jsonl").is_file():
         from stagekit.trainers.feedback import by_principle
 
         return by_principle(read_jsonl(folder / "data" / "labels.jsonl"))
     counts: dict[str, list[bool]] = defaultdict(list)
     for place in places(folder):
-        for _, records in _journals(place):
-            for record, changed in _revisions(records):
-                counts[record["principle"]].append(changed)
+        for record, changed in _revisions(record for _, record in _records(place)):
+            counts[record["principle"]].append(changed)
     return {name: {"revisions": len(found), "changed": sum(found) / len(found)} for name, found in counts.items()}
 
 
@@ -89,11 +90,11 @@ def places(folder: Path) -> list[Path]:
     return [place for place in (*iterations, folder) if any((place / name).is_file() for name in TEXTS)]
 
 
-def _journals(place: Path) -> Iterator[tuple[str, list[Record]]]:
-    """The journals of texts in a folder, by name."""
+def _records(place: Path) -> Iterator[tuple[str, Record]]:
+    """Every record of the journals of texts, with the journal's name."""
     for name in TEXTS:
         if (place / name).is_file():
-            yield name.partition(".")[0], list(Journal.read(place / name))
+            yield from ((name.partition(".")[0], record) for record in Journal.read(place / name))
 
 
 def _revisions(records: Iterable[Record]) -> Iterator[tuple[Record, bool]]:

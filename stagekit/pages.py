@@ -21,8 +21,8 @@ _EXAMPLES: dict[str, str] = {
     "evaluation": "validation_data: rows.jsonl",
     "rejection_sampling": "generation: {max_new_tokens: 256}",
     "self_play": "generation: {max_new_tokens: 256}",
-    "self_rewarding": "generation: {max_new_tokens: 256}",
     "synthetic_data": "training_data: seeds.jsonl   # column prompt; or method.topics",
+    "self_rewarding": "generation: {max_new_tokens: 256}",
 }
 """A line that a type's example has beside those of all."""
 

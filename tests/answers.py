@@ -8,6 +8,12 @@ def short(messages: Any) -> str:
     return f"Reply {len(messages)} to {messages[0]['content']}"
 
 
+def first_example(messages: Any) -> str:
+    """A scripted teacher: the first of the examples, a little longer; anything else it repeats after itself."""
+    first = next((line for line in messages[0]["content"].splitlines() if line.startswith("1. ")), None)
+    return f"Say it twice: {messages[0]['content']}" if first is None else f"{first} Say all that you know of it."
+
+
 def doubled(dataset: Any, split: str) -> Any:
     """A preprocessor: every row twice."""
     from datasets import concatenate_datasets

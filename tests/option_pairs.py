@@ -15,8 +15,8 @@
 | `told` | what the function of a custom stage is called with, and the result that it makes |
 | `texts` | what a constitutional stage writes |
 | `sampled` | what a rejection sampling or self-play stage learns after its first sampling, and how often it trains |
-| `labelled` | the pairs of an AI feedback stage, with what its judge says of them |
 | `made` | the rows and the instructions that a synthetic data stage leaves |
+| `labelled` | the pairs of an AI feedback stage, with what its judge says of them |
 | `deleted` | what is left of the stage's model once the next stage is done |
 
 None of them is the declaration itself, so an option that is stored and not read emits nothing.
@@ -130,6 +130,10 @@ OF_KIND: Mapping[tuple[str, str], str] = {
     ("random_seed", "custom"): "told",
     ("metadata", "custom"): "told",
     ("reward_model", "rejection_sampling"): "sampled",
+    **{(option, "synthetic_data"): "made" for option in ("random_seed", "reward_model", "teacher_model")},
+    ("data_shuffle_seed", "synthetic_data"): "rows",
+    ("shuffle_data", "synthetic_data"): "rows",
+    ("tags", "synthetic_data"): "begun tags",
     ("data_shuffle_seed", "ai_feedback"): "rows",  # it has no trainer that would shuffle
     ("shuffle_data", "ai_feedback"): "rows",
     **{
@@ -137,10 +141,6 @@ OF_KIND: Mapping[tuple[str, str], str] = {
         for option in ("random_seed", "use_mixed_precision", "mixed_precision_dtype")
     },
     ("tags", "ai_feedback"): "begun tags",
-    **{(option, "synthetic_data"): "made" for option in ("random_seed", "reward_model", "teacher_model")},
-    ("data_shuffle_seed", "synthetic_data"): "rows",
-    ("shuffle_data", "synthetic_data"): "rows",
-    ("tags", "synthetic_data"): "begun tags",
     ("tags", "evaluation"): "begun tags",  # no model, no model card
     ("tags", "custom"): "begun tags",
 }
@@ -206,15 +206,15 @@ class Place:
         if kind == "self_play":
             few = {"self_play_iterations": 1, "self_play_responses_per_prompt": 1}
             return {"method": kind, "training_data": "rows", **few, "generation": {"max_new_tokens": 24}}
+        if kind == "synthetic_data":
+            salad = {"type": kind, "instructions": 12, "examples": 2, "min_words": 1, "similarity": None}
+            return {"method": salad, "training_data": "rows", "generation": {"max_new_tokens": 48}}
         if kind == "ai_feedback":
             any_label = {"type": kind, "tie_margin": 0.0}
             return {"method": any_label, "training_data": "rows", "generation": {"max_new_tokens": 64}}
         if kind == "self_rewarding":
             one = {"type": kind, "iterations": 1, "judge_by": "comparison", "judge": "tests.answers:likes_longer"}
             return {"method": one, "training_data": "rows", "generation": {"max_new_tokens": 24}}
-        if kind == "synthetic_data":
-            salad = {"type": kind, "instructions": 12, "examples": 2, "min_words": 1, "similarity": None}
-            return {"method": salad, "training_data": "rows", "generation": {"max_new_tokens": 48}}
         if kind == "online_dpo":
             return {"method": {"type": kind, "reward": VOWELS}, "training_data": "rows"}
         if kind in SAMPLING:

@@ -73,9 +73,9 @@ BESIDE: Mapping[tuple[str, str], Mapping[str, Any]] = {
     ("shuffle_data", "custom"): DRAWN,
     ("shuffle_data", "ai_feedback"): DRAWN,
     ("data_shuffle_seed", "custom"): DRAWN,
-    ("data_shuffle_seed", "ai_feedback"): DRAWN,
     ("shuffle_data", "synthetic_data"): DRAWN,
     ("data_shuffle_seed", "synthetic_data"): DRAWN,
+    ("data_shuffle_seed", "ai_feedback"): DRAWN,
 }
 """What must stand beside an option on one type, instead of what the case says."""
 

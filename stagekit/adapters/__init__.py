@@ -32,8 +32,7 @@ from stagekit.options import nearest, shown
 AnyMethod = (
     SFT | DPO | KTO | ORPO | CPO | SimPO | Reward | ProcessReward | PPO | GRPO | RLOO | OnlineDPO
     | Constitutional | AIFeedback
-    | RejectionSampling | SelfPlay | SelfRewarding | Distillation
-    | SyntheticData
+    | RejectionSampling | SelfPlay | SelfRewarding | Distillation | SyntheticData
     | Evaluation | Custom
 )  # fmt: skip
 

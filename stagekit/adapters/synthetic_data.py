@@ -110,10 +110,10 @@ class SyntheticData(Method):
         generation = stage.generation or Generation()
         if self.teacher is not None and (is_server(generation.backend) or is_function(generation.backend)):
             yield Problem("method.teacher", "has no effect: generation.backend writes; keep one of them")
-        if generation.temperature == 0 and not is_function(generation.backend):
-            yield Problem(
-                "generation.temperature", "0 writes the same instruction for the same request; sample above 0"
-            )
+        shows = stage.training_data is not None and self.examples > 0
+        if generation.temperature == 0 and not shows and self.instructions > len(self.topics) > 0:
+            same = f"0 writes the same instruction for a topic each time, and {len(self.topics)} topics are asked for"
+            yield Problem("generation.temperature", f"{same} {self.instructions} instructions; sample above 0")
 
     def _sources(self, stage: "TrainingStage") -> Iterable[Problem]:
         seeded = stage.training_data is not None
