@@ -261,9 +261,9 @@ def _set_aside(task: Task, again: bool, show: Show) -> None:
             shutil.rmtree(target)
         task.folder.rename(target)
         task.folder.mkdir()
-        journal = target / "journal.jsonl"
-        if journal.exists():
-            shutil.copy2(journal, task.folder / "journal.jsonl")
+        for journal in (target / "journal.jsonl", target / "judgements.jsonl"):
+            if journal.exists():
+                shutil.copy2(journal, task.folder / journal.name)
         show.line(
             f"  stage {task.stage.name!r} changed since it ran; its old folder is {target.relative_to(task.run)}"
         )
