@@ -24,10 +24,9 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from tokenizers import Tokenizer, models
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from trl import SFTConfig, SFTTrainer
 
+from benchmarks.toys import llama, tokenizer
 from stagekit.trainers.distillation import DistillationConfig, DistillationTrainer
 
 
@@ -39,27 +38,6 @@ SETTINGS: dict[str, Any] = {
     "logging_steps": 1000, "activation_checkpointing": False, "per_device_train_batch_size": BATCH,
     "learning_rate": 1e-3, "lr_scheduler_type": "constant", "max_grad_norm": 1.0,
 }  # fmt: skip
-
-
-def tokenizer(words: int) -> Any:
-    """One token per word `w0`, `w1`, ...; the last two are the end and the padding."""
-    vocabulary = {f"w{number}": number for number in range(words)}
-    plain = Tokenizer(models.WordLevel(vocabulary, unk_token="w0"))
-    return PreTrainedTokenizerFast(
-        tokenizer_object=plain, eos_token=f"w{words - 2}", pad_token=f"w{words - 1}", unk_token="w0"
-    )
-
-
-def llama(words: int, width: int, blocks: int, seed: int) -> Any:
-    """A random model without tied embeddings."""
-    torch.manual_seed(seed)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=words, hidden_size=width, intermediate_size=3 * width, num_hidden_layers=blocks,
-            num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256, pad_token_id=words - 1,
-            eos_token_id=words - 2, bos_token_id=None,
-        )
-    )  # fmt: skip
 
 
 def distiller(student: Any, teacher: Any, data: Any, words: int, folder: str, **changes: Any) -> Any:

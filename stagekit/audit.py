@@ -1,89 +1,110 @@
 """What a generating stage wrote, text by text, from its journals: no model is needed, and nothing is changed."""
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from stagekit.counters import digest_of
-from stagekit.journal import Journal, Record
+from stagekit.journal import PROMPTS, TEXTS, Journal, Record
 from stagekit.rows import read_jsonl
 
 
-ORDER = ("initial", "answer", "critique", "revision", "thought", "judgement")
+ORDER = ("instruction", "initial", "answer", "critique", "revision", "thought", "judgement")
 """Roles in the order in which a prompt's texts are written."""
-
-JOURNALS = ("journal.jsonl", "judgements.jsonl")
-"""Where texts are, and what a judge said of them."""
 
 
 def texts(folder: Path) -> Iterator[dict[str, Any]]:
-    """Every text in the journals of a stage's folder, those of its iterations first: `iteration` (empty for the
-    stage's own), `prompt` (None where no row was made of it), `role`, `round`, `principle`, `sample`, `text`,
-    `finish_reason`, `tokens`, `reward` (of a text that stands several times, at the first), `key`. Of a judge's words
-    also what it was asked, `request`, and where it chose one of two the `probability` of the first."""
+    """Every text in the journals of a stage's folder, those of its iterations first.
+
+    `iteration` (empty for the stage's own), `journal` (which of them, without its ending), `prompt` (None where the
+    folder does not say), `role`, `round`, `principle`, `topic`, `sample`, `text`, `finish_reason`, `tokens`, `reward`
+    (of a text that stands several times, at the first), `changed` (of a revision: whether it says something else than
+    the answer that it revises), `drop` (why an instruction was not answered), `key`. Of a judge's words also what it
+    was asked, `request`, and where it chose one of two the `probability` of the first.
+    """
     for place in places(folder):
-        prompts = _prompts(place)
-        rewards = _rewards(place)
-        for record in sorted(_records(place), key=_order):
-            yield {
-                "iteration": "" if place == folder else place.name,
-                "prompt": prompts.get(record["prompt_id"]),
-                "role": record["role"],
-                "round": record["round"],
-                "principle": record.get("principle"),
-                "sample": record.get("sample"),
-                "text": record["text"],
-                "finish_reason": record["finish_reason"],
-                "tokens": record["n_new"],
-                "reward": rewards.get(record["key"]),
-                "request": record.get("request") if record["role"] in ("thought", "judgement") else None,
-                "probability": record.get("probability"),
-                "key": record["key"],
-            }
+        prompts, rewards, drops = _prompts(place), _rewards(place), _drops(place)
+        for name, records in _journals(place):
+            changed = {record["key"]: does for record, does in _revisions(records)}
+            for record in sorted(records, key=_order):
+                yield {
+                    "iteration": "" if place == folder else place.name,
+                    "journal": name,
+                    "prompt": prompts.get(record["prompt_id"]),
+                    "role": record["role"],
+                    "round": record["round"],
+                    "principle": record.get("principle"),
+                    "topic": record.get("topic"),
+                    "sample": record.get("sample"),
+                    "text": record["text"],
+                    "finish_reason": record["finish_reason"],
+                    "tokens": record["n_new"],
+                    "reward": rewards.get(record["key"]),
+                    "changed": changed.get(record["key"]),
+                    "drop": drops.get(record["key"]),
+                    "request": record.get("request") if record["role"] in ("thought", "judgement") else None,
+                    "probability": record.get("probability"),
+                    "key": record["key"],
+                }
 
 
 def samples(folder: Path, count: int) -> list[dict[str, Any]]:
-    """All texts of `count` prompts, spread over the stage's own journal; fewer where there are fewer."""
-    found: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    """All texts of `count` prompts, spread over each journal of the last iteration that wrote any; fewer where there
+    are fewer."""
+    found: dict[str, dict[str, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
+    last = places(folder)[-1:]
+    iteration = "" if last in ([], [folder]) else last[0].name
     for text in texts(folder):
-        if not text["iteration"] and text["prompt"] is not None:
-            found[text["prompt"]].append(text)
-    names = sorted(found)
-    picked = [names[place * len(names) // count] for place in range(count)] if len(names) > count else names
-    return [text for name in picked for text in found[name]]
+        if text["iteration"] == iteration and text["prompt"] is not None:
+            found[text["journal"]][text["prompt"]].append(text)
+    shown = []
+    for prompts in found.values():
+        names = sorted(prompts)
+        picked = [names[place * len(names) // count] for place in range(count)] if len(names) > count else names
+        shown += [text for name in picked for text in prompts[name]]
+    return shown
 
 
 def principles(folder: Path) -> dict[str, dict[str, float]]:
     """What each principle did. Of a constitution: `revisions` asked for by it, and the share `changed` of them that
-    say something else than the answer they revise. Of AI feedback: `labels` asked for by it, the share `decided` of
-    them that are preferences, and the share `right` where it is known which response is better."""
+    say something else than the answer they revise, its hit rate; which ones, `texts` says of each revision. Of AI
+    feedback: `labels` asked for by it, the share `decided` of them that are preferences, and the share `right` where
+    it is known which response is better."""
     if (folder / "data" / "labels.jsonl").is_file():
         from stagekit.trainers.feedback import by_principle
 
         return by_principle(read_jsonl(folder / "data" / "labels.jsonl"))
-    if not (folder / "journal.jsonl").is_file():
-        return {}
-    records = list(Journal.read(folder / "journal.jsonl"))
-    said = {(one["prompt_id"], one["round"]): one["text"].strip() for one in records if one["role"] != "critique"}
     counts: dict[str, list[bool]] = defaultdict(list)
-    for record in records:
-        if record["role"] == "revision":
-            before = said.get((record["prompt_id"], record["round"] - 1))
-            counts[record["principle"]].append(record["text"].strip() != before)
+    for place in places(folder):
+        for _, records in _journals(place):
+            for record, changed in _revisions(records):
+                counts[record["principle"]].append(changed)
     return {name: {"revisions": len(found), "changed": sum(found) / len(found)} for name, found in counts.items()}
 
 
 def places(folder: Path) -> list[Path]:
     """The folders with a journal: those of the iterations in their order, then the stage's own."""
     iterations = sorted(folder.glob("iteration-*"), key=lambda path: int(path.name.rpartition("-")[2]))
-    return [place for place in (*iterations, folder) if any((place / name).is_file() for name in JOURNALS)]
+    return [place for place in (*iterations, folder) if any((place / name).is_file() for name in TEXTS)]
 
 
-def _records(place: Path) -> Iterator[Record]:
-    for name in JOURNALS:
+def _journals(place: Path) -> Iterator[tuple[str, list[Record]]]:
+    """The journals of texts in a folder, by name."""
+    for name in TEXTS:
         if (place / name).is_file():
-            yield from Journal.read(place / name)
+            yield name.partition(".")[0], list(Journal.read(place / name))
+
+
+def _revisions(records: Iterable[Record]) -> Iterator[tuple[Record, bool]]:
+    """Every revision, and whether it changed the answer. An empty one changes nothing: the answer before it stays."""
+    said = {(one["prompt_id"], one["round"]): one for one in records if one["role"] in ("initial", "revision")}
+    for (prompt, number), record in said.items():
+        if record["role"] != "revision":
+            continue
+        before = (said.get((prompt, earlier)) for earlier in range(number - 1, -1, -1))
+        stood = next((one["text"].strip() for one in before if one is not None and one["text"].strip()), "")
+        yield record, record["text"].strip() not in ("", stood)
 
 
 def _order(record: Record) -> tuple[Any, ...]:
@@ -92,14 +113,15 @@ def _order(record: Record) -> tuple[Any, ...]:
 
 
 def _prompts(folder: Path) -> dict[str, str]:
-    """Prompt id -> the prompt as it is shown, from the datasets that were made."""
+    """Prompt id -> the prompt as it is shown, from what was noted, else from the datasets that were made."""
     found: dict[str, str] = {}
     for path in sorted((folder / "data").glob("*.jsonl")):
         for row in read_jsonl(path):
             messages = row.get("prompt")
             if isinstance(messages, list):
                 found[digest_of(messages)] = _shown(messages)
-    return found
+    noted = read_jsonl(folder / PROMPTS) if (folder / PROMPTS).is_file() else []
+    return found | {row["id"]: _shown(row["prompt"]) for row in noted}
 
 
 def _shown(messages: list[Mapping[str, Any]]) -> str:
@@ -114,3 +136,9 @@ def _rewards(folder: Path) -> dict[str, float | None]:
         return {record["key"]: record["reward"] for record in Journal.read(path)}
     rows = read_jsonl(scored) if scored.is_file() else []
     return {key: reward for row in rows for key, reward in zip(row["keys"], row["rewards"], strict=True)}
+
+
+def _drops(folder: Path) -> dict[str, str]:
+    """Key of an instruction -> why it was not answered, where it was not."""
+    path = folder / "data" / "instructions.jsonl"
+    return {row["key"]: row["drop"] for row in read_jsonl(path) if row.get("drop")} if path.is_file() else {}

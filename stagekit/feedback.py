@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from stagekit.choices import Chooser
 from stagekit.errors import Interrupted
-from stagekit.generating import free_memory, generator_for, open_journal, progress, write_datasets
+from stagekit.generating import free_memory, generator_for, note_prompts, open_journal, progress, write_datasets
 from stagekit.groups import Generation
 from stagekit.job import Job, Outcome
 from stagekit.judging import chooser_of, is_engine, judge_generator, open_judgements
@@ -91,6 +91,7 @@ def _responses(job: Job, method: "AIFeedback", generation: Generation) -> tuple[
     if method.responses is not None:
         return feedback.responses_from(job.train_dataset, method.responses, method.truth, where), None
     prompts = sampling.prompts_from(job.train_dataset, where)
+    note_prompts(job, (prompt.messages for prompt in prompts))
     policy = generator_for(job, job.model.generates if job.model else None, generation)
     plan: dict[str, Any] = {
         "policy": policy,
@@ -119,6 +120,7 @@ def _labels(
     """The labels of pairs, from the journal as far as they are there."""
     from stagekit.trainers import comparisons, feedback
 
+    note_prompts(job, (one.messages for one in responses))
     pairs = [one.pair for one in responses if one.drop is None]
     plan: dict[str, Any] = {
         "judge": judge,

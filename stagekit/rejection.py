@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from stagekit.custom import resolve
 from stagekit.errors import StageError
-from stagekit.generating import free_memory, generator_for, open_journal, progress, write_datasets
+from stagekit.generating import free_memory, generator_for, note_prompts, open_journal, progress, write_datasets
 from stagekit.groups import Generation, RewardSource, is_function
 from stagekit.iterations import run_iterations
 from stagekit.job import Job, Outcome
@@ -96,6 +96,7 @@ def _sampled(
     from stagekit.trainers import sampling
 
     prompts = sampling.prompts_from(rows, f"{job.stage.path}.{where}")
+    note_prompts(job, (prompt.messages for prompt in prompts))
     generation = job.stage.generation or Generation()
     scorer = scorer_for(job, method.reward, f"{job.stage.path}.method.reward")
     plan: dict[str, Any] = {

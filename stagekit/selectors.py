@@ -151,6 +151,7 @@ TYPE_NAMES: Mapping[str, str] = {
     "self_play": "self_play",
     "self_rewarding": "self_rewarding",
     "distillation": "knowledge_distillation",
+    "synthetic_data": "synthetic_data_training",
     "evaluation": "evaluation",
     "custom": "custom",
 }

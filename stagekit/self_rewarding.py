@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from stagekit.errors import Interrupted
 from stagekit.feedback import asking_of, warn_of_judge
-from stagekit.generating import free_memory, generator_for, open_journal, progress, write_datasets
+from stagekit.generating import free_memory, generator_for, note_prompts, open_journal, progress, write_datasets
 from stagekit.groups import Generation
 from stagekit.iterations import run_iterations
 from stagekit.job import Job, Outcome
@@ -77,6 +77,7 @@ def _answered(own: Job, number: int, method: "SelfRewarding") -> tuple[list["Gro
     from stagekit.trainers import sampling
 
     prompts = sampling.prompts_from(own.train_dataset, f"{own.stage.path}.training_data")
+    note_prompts(own, (prompt.messages for prompt in prompts))
     generation = own.stage.generation or Generation()
     policy = generator_for(own, own.model.generates if own.model else None, generation)
     plan: dict[str, Any] = {
@@ -111,6 +112,7 @@ class _Judge:
         from stagekit.trainers import comparisons, self_rewarding
 
         own, method = self._own, self._method
+        note_prompts(own, (group.messages for group in groups))
         plan: dict[str, Any] = {"seed": own.stage.random_seed, "batch_tokens": self._generation.batch_tokens}
         how: dict[str, Any] = {
             "iteration": self._number,

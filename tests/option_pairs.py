@@ -16,11 +16,13 @@
 | `texts` | what a constitutional stage writes |
 | `sampled` | what a rejection sampling or self-play stage learns after its first sampling, and how often it trains |
 | `labelled` | the pairs of an AI feedback stage, with what its judge says of them |
+| `made` | the rows and the instructions that a synthetic data stage leaves |
 | `deleted` | what is left of the stage's model once the next stage is done |
 
 None of them is the declaration itself, so an option that is stored and not read emits nothing.
 """
 
+import contextlib
 import dataclasses
 import json
 import shutil
@@ -135,6 +137,10 @@ OF_KIND: Mapping[tuple[str, str], str] = {
         for option in ("random_seed", "use_mixed_precision", "mixed_precision_dtype")
     },
     ("tags", "ai_feedback"): "begun tags",
+    **{(option, "synthetic_data"): "made" for option in ("random_seed", "reward_model", "teacher_model")},
+    ("data_shuffle_seed", "synthetic_data"): "rows",
+    ("shuffle_data", "synthetic_data"): "rows",
+    ("tags", "synthetic_data"): "begun tags",
     ("tags", "evaluation"): "begun tags",  # no model, no model card
     ("tags", "custom"): "begun tags",
 }
@@ -206,6 +212,9 @@ class Place:
         if kind == "self_rewarding":
             one = {"type": kind, "iterations": 1, "judge_by": "comparison", "judge": "tests.answers:likes_longer"}
             return {"method": one, "training_data": "rows", "generation": {"max_new_tokens": 24}}
+        if kind == "synthetic_data":
+            salad = {"type": kind, "instructions": 12, "examples": 2, "min_words": 1, "similarity": None}
+            return {"method": salad, "training_data": "rows", "generation": {"max_new_tokens": 48}}
         if kind == "online_dpo":
             return {"method": {"type": kind, "reward": VOWELS}, "training_data": "rows"}
         if kind in SAMPLING:
@@ -229,7 +238,7 @@ class Place:
         return str(path)
 
     def data(self, kind: str, word: str) -> str:
-        if kind in {"constitutional", "rejection_sampling", *SAMPLING}:
+        if kind in {"constitutional", "rejection_sampling", "synthetic_data", *SAMPLING}:
             return self.files["prompts" if word == "rows" else "validation"]
         if kind in {"ai_feedback", "self_rewarding"}:
             return self.files["pairs" if word == "rows" else "pairs to validate"]
@@ -382,6 +391,15 @@ def written_texts(place: Place, stage: TrainingStage, name: str) -> Any:
     return texts(job.folder)
 
 
+def made_rows(place: Place, stage: TrainingStage, name: str) -> Any:
+    job = place.job(stage)
+    shutil.rmtree(job.folder)
+    job.folder.mkdir()
+    with contextlib.suppress(StageError):  # a teacher of noise may write nothing that is kept; what it wrote is there
+        stage.method.run(job)
+    return [(job.folder / "data" / f"{made}.jsonl").read_text() for made in stage.method.makes]
+
+
 def sampled_rows(place: Place, stage: TrainingStage, name: str) -> Any:
     job = place.job(stage)
     shutil.rmtree(job.folder)
@@ -430,7 +448,7 @@ def deleted(place: Place, stage: TrainingStage, name: str) -> Any:
 PARTS: Mapping[str, Callable[[Place, TrainingStage, str], Any]] = {
     "argument": argument, "trainer": trainer, "adapter": adapter, "quantisation": quantisation, "hook": hook,
     "callback": callback, "rows": rows, "weights": weights, "saved": saved, "begun": begun, "told": told,
-    "texts": written_texts, "sampled": sampled_rows, "labelled": labelled, "deleted": deleted,
+    "texts": written_texts, "sampled": sampled_rows, "labelled": labelled, "made": made_rows, "deleted": deleted,
 }  # fmt: skip
 
 

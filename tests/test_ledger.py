@@ -35,6 +35,7 @@ OF_TYPE: Mapping[str, Mapping[str, Any]] = {
     "evaluation": {"method": "evaluation", "validation_data": "rows.jsonl"},
     "custom": {"method": {"type": "custom", "function": "pkg.mod:f"}},
     "distillation": {"method": {"type": "distillation", "teacher": "a/teacher"}, "training_data": "rows.jsonl"},
+    "synthetic_data": {"method": "synthetic_data", "training_data": "rows.jsonl"},
 }
 """The least that a stage of each built type needs."""
 
@@ -159,7 +160,7 @@ NO_TRAINING = "an evaluation stage does not train; put it on the stage that does
 OWN = "a custom stage does only what its function does; pass the value to the function through metadata"
 SAMPLES = (
     "ppo, grpo, rloo, online_dpo, constitutional, ai_feedback, rejection_sampling, self_play, self_rewarding, "
-    "distillation"
+    "distillation, synthetic_data"
 )
 NO_USE = "stage type {!r} has no use for it; it belongs to "
 AS_IT_IS = "an evaluation stage measures every row of validation_data as it is"

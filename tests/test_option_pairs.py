@@ -74,6 +74,8 @@ BESIDE: Mapping[tuple[str, str], Mapping[str, Any]] = {
     ("shuffle_data", "ai_feedback"): DRAWN,
     ("data_shuffle_seed", "custom"): DRAWN,
     ("data_shuffle_seed", "ai_feedback"): DRAWN,
+    ("shuffle_data", "synthetic_data"): DRAWN,
+    ("data_shuffle_seed", "synthetic_data"): DRAWN,
 }
 """What must stand beside an option on one type, instead of what the case says."""
 
@@ -134,6 +136,8 @@ def way_out(name: str, kind: str) -> tuple[str, ...]:
         return ("belongs to",)
     if kind == "custom":
         return ("through metadata",)
+    if kind == "synthetic_data":
+        return ("put it on the stage that learns",)
     if kind in {"evaluation", "ai_feedback"} and name != "is_evaluation_only":
         return ("put it on the stage that does", "validation_data", "without training")
     return {
@@ -190,7 +194,7 @@ NAMES: Mapping[str, Mapping[str, str]] = {
         "rejection_sampling": "rejection_sampling", "self_play": "self_play", "self_rewarding": "self_rewarding",
         "ai_feedback": "reinforcement_learning_ai_feedback",
         "constitutional": "constitutional", "distillation": "knowledge_distillation", "evaluation": "evaluation",
-        "custom": "custom",
+        "custom": "custom", "synthetic_data": "synthetic_data_training",
     },
     "fine_tuning_method": {
         "sft": "sft", "dpo": "ipo", "kto": "kto", "orpo": "orpo", "cpo": "cpo", "simpo": "simpo",

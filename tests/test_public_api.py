@@ -54,6 +54,7 @@ from stagekit.adapters import (
     self_play,
     self_rewarding,
     sft,
+    synthetic_data,
 )
 
 
@@ -61,7 +62,7 @@ DESCRIBING = (
     arguments, checks, digest, errors, flat, groups, ledger, measures, options, parity, parse, pending, pipeline,
     selectors, stage, stage_options, trl_fields, base, constitutional, custom, distillation, dpo, evaluation, grpo,
     kto, online_dpo, ppo, process_reward, reference_free, references, reinforcement, rejection_sampling, reward, rloo,
-    scoring, self_play, self_rewarding, sft, ai_feedback, judged, own_pairs, templates,
+    scoring, self_play, self_rewarding, sft, synthetic_data, ai_feedback, judged, own_pairs, templates,
 )  # fmt: skip
 
 

@@ -25,16 +25,19 @@ from stagekit.adapters.rloo import RLOO
 from stagekit.adapters.self_play import SelfPlay
 from stagekit.adapters.self_rewarding import SelfRewarding
 from stagekit.adapters.sft import SFT
+from stagekit.adapters.synthetic_data import SyntheticData
 from stagekit.options import nearest, shown
 
 
 AnyMethod = (
     SFT | DPO | KTO | ORPO | CPO | SimPO | Reward | ProcessReward | PPO | GRPO | RLOO | OnlineDPO
     | Constitutional | AIFeedback
-    | RejectionSampling | SelfPlay | SelfRewarding | Distillation | Evaluation | Custom
+    | RejectionSampling | SelfPlay | SelfRewarding | Distillation
+    | SyntheticData
+    | Evaluation | Custom
 )  # fmt: skip
 
-PLANNED = ("synthetic_data", "merge")
+PLANNED = ("merge",)
 """Stage types that have a name and nothing else yet."""
 
 METHODS: dict[str, type[Method]] = {cls.model_fields["type"].default: cls for cls in AnyMethod.__args__}
