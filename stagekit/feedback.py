@@ -120,6 +120,7 @@ def _labels(
     """The labels of pairs, from the journal as far as they are there."""
     from stagekit.trainers import comparisons, feedback
 
+    note_prompts(job, (one.messages for one in responses))
     pairs = [one.pair for one in responses if one.drop is None]
     plan: dict[str, Any] = {
         "judge": judge,

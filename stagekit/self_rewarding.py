@@ -112,6 +112,7 @@ class _Judge:
         from stagekit.trainers import comparisons, self_rewarding
 
         own, method = self._own, self._method
+        note_prompts(own, (group.messages for group in groups))
         plan: dict[str, Any] = {"seed": own.stage.random_seed, "batch_tokens": self._generation.batch_tokens}
         how: dict[str, Any] = {
             "iteration": self._number,

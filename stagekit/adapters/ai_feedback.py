@@ -90,8 +90,7 @@ class AIFeedback(Method):
 
     def wanted_columns(self) -> Sequence[Sequence[str]]:
         """The prompt, and the responses where they are given."""
-        known = (self.truth,) if self.truth is not None else ()
-        return (("prompt", *self.responses, *known),) if self.responses is not None else self.columns
+        return (("prompt", *self.responses),) if self.responses is not None else self.columns
 
     def problems(self, stage: "TrainingStage") -> Iterable[Problem]:
         """Judges that cannot be asked so, and options without an effect."""

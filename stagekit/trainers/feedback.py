@@ -80,7 +80,7 @@ def responses_from(
             columns are `chosen` and `rejected` it is known.
 
     Raises:
-        ConfigError: with every row that has no prompt, no response, or another truth.
+        ConfigError: with every row that has no prompt, no response, or no or another truth.
     """
     found: list[Responses] = []
     problems: list[Problem] = []
@@ -101,7 +101,9 @@ def _response_of(row: Mapping[str, Any], columns: Sequence[str], truth: str | No
     messages = [{"role": "user", "content": given}] if isinstance(given, str) else list(given or ())
     kept = tuple({"role": message["role"], "content": message["content"]} for message in messages)
     texts = [_text(row.get(column)) for column in columns]
-    better = row.get(truth) if truth is not None else 0 if tuple(columns) == KNOWN_BY_NAME else None
+    if truth is not None and truth not in row:
+        return Responses(kept, "", ""), [f"has no column {truth!r}, which is to say which response is better"]
+    better = row[truth] if truth is not None else 0 if tuple(columns) == KNOWN_BY_NAME else None
     asked = wrong_with(kept)
     wrong = [asked] if asked else []
     for column, text in zip(columns, texts, strict=True):

@@ -27,7 +27,7 @@ from stagekit.trainers.feedback import key_of, responses_from
 from stagekit.writer import Ask, Progress, Writer
 
 
-_SCORE = re.compile(r"\bscore\b\W{0,6}(-?\d+(?:\.\d+)?)", re.IGNORECASE)
+_SCORE = re.compile(r"\bscore\b\W{0,6}?(-?\d+(?:\.\d+)?)", re.IGNORECASE)
 _NUMBER = re.compile(r"\s*(-?\d+(?:\.\d+)?)\s*(?:/\s*\d+)?[.\s]*")
 
 

@@ -135,9 +135,9 @@ def test_given_responses_are_read_from_their_columns_with_their_truth() -> None:
 
 def test_rows_without_a_response_or_with_another_truth_are_told_all_at_once() -> None:
     rows = [
-        {"prompt": "Q?", "a": None, "b": "y"},
+        {"prompt": "Q?", "a": None, "b": "y", "best": 0},
         {"prompt": "Q?", "a": "x", "b": "y", "best": "A"},
-        {"a": "x", "b": "y"},
+        {"a": "x", "b": "y", "best": 0},
     ]
     with pytest.raises(ConfigError) as caught:
         responses_from(rows, ("a", "b"), "best", "data")
