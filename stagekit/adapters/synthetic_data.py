@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 from pydantic import Field
 
 from stagekit.adapters.base import Method
-from stagekit.adapters.reinforcement import reward_problems
 from stagekit.errors import Problem
 from stagekit.groups import Generation, Model, Rewards, is_function, is_server
 from stagekit.options import Count, Positive
+from stagekit.reward_options import reward_problems
 from stagekit.stage_options import CallbackOptions, DataOptions, Identity, Loop
 
 
