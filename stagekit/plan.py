@@ -116,7 +116,8 @@ def _rows_to_train(stage: "TrainingStage", data: Mapping[str, dict[str, Any]]) -
 def _of_several(stage: "TrainingStage", count: int) -> Iterator[str]:
     if count > 1:
         rows = count * stage.batch_size * stage.gradient_accumulation_steps
-        yield f"{count} processes of batch_size {stage.batch_size}: an optimiser step takes {rows} rows"
+        of = stage.method.batches_of
+        yield f"{count} processes of batch_size {stage.batch_size}: an optimiser step takes {rows} {of}"
 
 
 def _steps(stage: "TrainingStage", rows: Mapping[str, Any], processes: int) -> int | None:

@@ -70,6 +70,8 @@ class Method(Tagged):
     """False for types whose policy is the one that came in."""
     reads: ClassVar[frozenset[str]] = frozenset()
     """Options that change the type's result although they change no other's (`metadata`)."""
+    batches_of: ClassVar[str] = "rows"
+    """What `batch_size` counts."""
     needs_data: ClassVar[bool] = True
     """Whether a stage of this type cannot do without `training_data`."""
     task: ClassVar[Literal["CAUSAL_LM", "SEQ_CLS", "TOKEN_CLS"]] = "CAUSAL_LM"
@@ -91,6 +93,11 @@ class Method(Tagged):
 
     def problems(self, stage: TrainingStage) -> Iterable[Problem]:
         """What cannot work, from the declaration alone; paths relative to the stage."""
+        return ()
+
+    def problems_of_sizes(self, stage: TrainingStage, processes: int) -> Iterable[Problem]:
+        """Sizes that do not divide over so many processes; paths relative to the stage. Asked once their number is
+        known: before a run, and by `check` and `plan`."""
         return ()
 
     def notes(self, stage: TrainingStage) -> Iterable[str]:

@@ -40,7 +40,7 @@ _OWNED = {
 """Arguments that stagekit must know, and the option that says each."""
 
 
-ONE_PROCESS = "stages that sample were checked in one process only; leave it out"
+ONE_PROCESS = "stages that write texts were checked in one process only; leave it out"
 
 
 class Scored(Method):
@@ -60,8 +60,8 @@ class Scored(Method):
 
     default_learning_rate: ClassVar = 1e-6
     slots: ClassVar = frozenset({"model", "lora", "reference", "generation", "trl"})
-    refused: ClassVar = {"distributed_strategy": ONE_PROCESS}
     columns: ClassVar = (("prompt",),)
+    batches_of: ClassVar = "completions"
     metric_keys: ClassVar = {"loss": "eval_loss", "reward_score": "eval_reward", "custom": ""}
     tie: ClassVar[str] = "kl_penalty_coefficient"
     """The option that is TRL's `beta`."""
@@ -101,6 +101,8 @@ class Scored(Method):
 
     def problems(self, stage: TrainingStage) -> Iterable[Problem]:
         """A missing reward, sizes that do not divide, a reference that cannot be."""
+        from stagekit.distributed import splits
+
         if self.reward is None:
             yield Problem("method.reward", "missing; say what scores completions: stage:NAME, a model or a function")
         yield from reward_problems(self.reward or ())
@@ -109,6 +111,8 @@ class Scored(Method):
                 yield Problem(f"trl.{key}", f"belongs to {owner}")
         yield from self._sampling_problems(stage)
         yield from self._reference_problems(stage)
+        if not splits(stage):
+            yield from self.problems_of_sizes(stage, 1)
 
     def _sampling_problems(self, stage: TrainingStage) -> Iterable[Problem]:
         generation = stage.generation if stage.generation is not None else Generation()
@@ -119,12 +123,15 @@ class Scored(Method):
                 yield Problem(
                     f"generation.{option}", f"{stage.method.type} samples with TRL; see trl.use_vllm and the like"
                 )
-        unit = stage.batch_size * stage.gradient_accumulation_steps
-        if "rollout_samples" in self.model_fields_set and self.rollout_samples % unit:
+
+    def problems_of_sizes(self, stage: TrainingStage, processes: int) -> Iterable[Problem]:
+        """A rollout that is no whole minibatches."""
+        minibatch, what = minibatch_of(stage, processes)
+        if "rollout_samples" in self.model_fields_set and self.rollout_samples % minibatch:
             yield Problem(
                 "method.rollout_samples",
-                f"{self.rollout_samples} completions are no whole minibatches of {unit} "
-                "(batch_size * gradient_accumulation_steps)",
+                f"{self.rollout_samples} completions are no whole minibatches of {minibatch} ({what}); make it a "
+                "multiple",
             )
 
     def _reference_problems(self, stage: TrainingStage) -> Iterable[Problem]:
@@ -159,7 +166,7 @@ class Scored(Method):
             yield "lora.dropout is off, so that the policy that learns is the one that sampled; set it to have it"
 
     def rollout(self, minibatch: int, rows: int) -> int:
-        """Completions of a rollout, with so many in a minibatch, of `rows` prompts, in one process."""
+        """Completions of a rollout, with so many in a minibatch, of `rows` prompts; all over all processes."""
         return self.rollout_samples if "rollout_samples" in self.model_fields_set else minibatch
 
     def group(self) -> int:
@@ -168,7 +175,7 @@ class Scored(Method):
 
     def steps(self, given: Mapping[str, Any], rows: int, processes: int) -> int:
         """Optimiser steps of all epochs, in whole rollouts; prompts that fill none are left out."""
-        minibatch = given["per_device_train_batch_size"] * given["gradient_accumulation_steps"]
+        minibatch = given["per_device_train_batch_size"] * given["gradient_accumulation_steps"] * processes
         rollout = self.rollout(minibatch, rows)
         passes = self.epochs_per_batch if self._counts("epochs_per_batch") else 1
         steps: float = rows * self.group() // rollout * passes * (rollout // minibatch) * given["num_train_epochs"]
@@ -218,6 +225,12 @@ class Scored(Method):
         args = trainer.args
         updates = trainer.num_iterations * args.steps_per_generation / args.gradient_accumulation_steps
         job.show.line(f"  a rollout is {args.generation_batch_size} completions, used for {updates:g} steps")
+
+
+def minibatch_of(stage: TrainingStage, processes: int) -> tuple[int, str]:
+    """Completions of an optimiser step, over all processes, and the options that make them."""
+    size = stage.batch_size * stage.gradient_accumulation_steps * processes
+    return size, "batch_size * gradient_accumulation_steps" + (f" * {processes} processes" if processes > 1 else "")
 
 
 def _drops_out(stage: TrainingStage) -> bool:
@@ -283,11 +296,14 @@ class Grouped(Reinforcement):
             yield Problem(
                 "method.group_size", "1 compares a completion with itself, which teaches nothing; at least 2"
             )
-            return
-        rollout = self.rollout(stage.batch_size * stage.gradient_accumulation_steps, 0)
+
+    def problems_of_sizes(self, stage: TrainingStage, processes: int) -> Iterable[Problem]:
+        """Rollouts that hold parts of groups. A group may lie on several processes."""
+        yield from super().problems_of_sizes(stage, processes)
+        minibatch, what = minibatch_of(stage, processes)
+        rollout = self.rollout(minibatch, 0)
         if rollout % self.group_size:
-            given = "rollout_samples" in self.model_fields_set
-            size = "rollout_samples" if given else "batch_size * gradient_accumulation_steps"
+            size = "rollout_samples" if "rollout_samples" in self.model_fields_set else what
             yield Problem(
                 "method.group_size",
                 f"a rollout of {rollout} completions ({size}) holds no whole groups of "
