@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from stagekit.errors import StageError
-from stagekit.generating import free_memory, generator_for, open_journal, progress, write_datasets
+from stagekit.generating import free_memory, generator_for, note_prompts, open_journal, progress, write_datasets
 from stagekit.groups import Generation, is_function
 from stagekit.job import Job
 from stagekit.requests import Generator
@@ -25,6 +25,7 @@ def prepare(job: Job, method: "Constitutional") -> Job:
     from stagekit.trainers import constitutional as cai
 
     prompts = _prompts(job, method)
+    note_prompts(job, (prompt.messages for prompt in prompts))
     principles = _principles(method)
     generation = job.stage.generation or Generation()
     arguments: dict[str, Any] = {
