@@ -74,6 +74,8 @@ def small(given: argparse.Namespace) -> list[dict[str, Any]]:
     """15 rollouts over 48 words by both, seed by seed."""
     rows = []
     with Side("ours", given.trl112) as ours, Side("theirs", given.trl112) as theirs:
+        for one in (ours, theirs):
+            one.do({"seed": 0, "updates": 1})  # warms up
         for seed in range(1, given.seeds + 1):
             sides = (ours, theirs) if seed % 2 else (theirs, ours)
             rows.append({"seed": seed, **{side.name: side.do({"seed": seed}) for side in sides}})
@@ -97,13 +99,13 @@ def seconds(given: argparse.Namespace) -> list[dict[str, Any]]:
     rows = []
     with Side("ours", given.trl112) as ours, Side("theirs", given.trl112) as theirs:
         sides = {"ours": ours, "theirs": theirs}
-        for seed in range(given.seeds + 1):  # seed 0 warms up
+        for one in sides.values():
+            one.do({"seed": 0, "updates": 1})  # warms up
+        for seed in range(1, given.seeds + 1):
             for side, chunk in settings() if seed % 2 else reversed(settings()):
                 found = {"seed": seed, "side": side, "chunk": chunk}
-                found |= sides[side].do(large_task(seed, ROLLOUTS[0], chunk))
-                if seed:
-                    rows.append(found)
-                    print(f"seconds: {json.dumps(found)}", flush=True)
+                rows.append(found | sides[side].do(large_task(seed, ROLLOUTS[0], chunk)))
+                print(f"seconds: {json.dumps(rows[-1])}", flush=True)
     return rows
 
 
