@@ -47,6 +47,7 @@ def pipeline(
     """
     shared: dict[str, Any] = {
         "training_data": data,
+        "max_training_samples": 176,
         "batch_size": 8,
         "use_mixed_precision": True,
         "mixed_precision_dtype": "bf16",
@@ -58,7 +59,6 @@ def pipeline(
         method=SFT(),
         lora=LoRA(rank=16, alpha=32, dropout=0.0, target_modules="all-linear", merge=True),
         epochs=1,
-        max_training_samples=176,
         **shared,
     )
     control = TrainingStage(

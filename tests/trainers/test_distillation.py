@@ -71,6 +71,33 @@ def test_alpha_zero_is_trl_s_sft_bit_for_bit(
     assert ours.evaluate()["eval_loss"] == theirs.evaluate()["eval_loss"]
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"packing": True, "packing_strategy": "bfd", "max_length": 64},
+        {"padding_free": True, "max_length": None},
+        {"gradient_accumulation_steps": 3, "per_device_train_batch_size": 2},
+    ],
+    ids=["packing", "padding-free", "accumulation"],
+)
+def test_alpha_zero_is_trl_s_sft_however_the_rows_are_laid_out(
+    changes: dict[str, Any], build: Any, tiny_model_path: str, rows: Dataset, tmp_path: Path
+) -> None:
+    ours = build("no/teacher-is-loaded", alpha=0.0, max_steps=2, **changes)
+    theirs = SFTTrainer(
+        tiny_model_path,
+        SFTConfig(str(tmp_path / "sft"), **{**SETTINGS, "max_steps": 2, **changes}),
+        train_dataset=rows,
+        eval_dataset=rows,
+        processing_class=tokenizer(tiny_model_path),
+    )
+    for one in (ours, theirs):
+        one.train()
+    assert losses(ours) == losses(theirs)
+    for (name, one), (_, other) in zip(ours.model.named_parameters(), theirs.model.named_parameters(), strict=True):
+        assert torch.equal(one, other), name
+
+
 def test_the_hard_part_is_trl_s_sft_loss_and_its_numbers_are_logged(
     build: Any, tiny_model_path: str, rows: Dataset, tmp_path: Path
 ) -> None:
