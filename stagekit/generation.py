@@ -10,6 +10,7 @@ from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaLis
 
 from stagekit.decoding import can_decode, decode
 from stagekit.errors import ConfigError
+from stagekit.kept import Kept, can_keep
 from stagekit.requests import Completion, FinishReason, Message, Request, Sampling
 
 
@@ -52,6 +53,7 @@ class TransformersGenerator:
         self.autocast_dtype = autocast_dtype
         self.on_token = on_token
         self.templated = templated
+        self._kept: Kept | None = None
         self.context_length: int | None = getattr(model.config, "max_position_embeddings", None)
 
     def prompt_length(self, messages: Sequence[Message]) -> int:
@@ -68,6 +70,18 @@ class TransformersGenerator:
         )
         return list(encoded["input_ids"])
 
+    @contextmanager
+    def remembering(self) -> Iterator[None]:
+        """While this is open, what was read of a conversation stays in memory and is not read again.
+
+        A model whose cache cannot be cut (a sliding window, a state) reads each turn as a whole.
+        """
+        self._kept = Kept() if can_decode(self.model) and can_keep(self.model) else None
+        try:
+            yield
+        finally:
+            self._kept = None
+
     def generate(self, requests: Sequence[Request], seed: int) -> list[Completion]:
         """Answer one batch, in the order of the requests; each row is cut at its own `max_new_tokens`."""
         if not requests:
@@ -79,7 +93,15 @@ class TransformersGenerator:
         with torch.no_grad(), _seeded(seed), self._autocast(device), generating(self.model, config):
             if can_decode(self.model):
                 rows = decode(
-                    self.model, prompts, limits, sampling=self.sampling, eos=eos, pad=pad, on_token=self.on_token
+                    self.model,
+                    prompts,
+                    limits,
+                    sampling=self.sampling,
+                    eos=eos,
+                    pad=pad,
+                    on_token=self.on_token,
+                    kept=self._kept,
+                    names=[request.conversation for request in requests],
                 )
             else:
                 rows = self._generate_plainly(prompts, config, device)

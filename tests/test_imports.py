@@ -143,6 +143,7 @@ BLIND = (
     "stagekit.data",
     "stagekit.generation",
     "stagekit.decoding",
+    "stagekit.kept",
 )
 
 
