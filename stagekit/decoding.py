@@ -148,7 +148,7 @@ def _start(
         cache, mask, logits = _prefill(reader, distinct, pad, device)
     else:
         name_of = dict(zip(map(tuple, prompts), names, strict=True))
-        known = [kept.find(name_of[prompt]) for prompt in distinct]
+        known = [kept.take(name_of[prompt]) for prompt in distinct]
         cache, mask, logits = prefill(reader.go_on, reader.new_cache, distinct, known, pad, device)
     positions, width = mask.sum(-1), mask.shape[1]
     shared = torch.tensor([places[tuple(prompt)] for prompt in prompts], device=device)

@@ -1,7 +1,7 @@
 """Text generation with a transformers model, in left-padded batches, leaving no trace on the model or on the RNG."""
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -12,6 +12,10 @@ from stagekit.decoding import can_decode, decode
 from stagekit.errors import ConfigError
 from stagekit.kept import Kept, can_keep
 from stagekit.requests import Completion, FinishReason, Message, Request, Sampling
+
+
+LAID_OUT = 512
+"""Conversations whose tokens are remembered: a length is asked for before a text is, and laying out costs time."""
 
 
 class TransformersGenerator:
@@ -54,11 +58,12 @@ class TransformersGenerator:
         self.on_token = on_token
         self.templated = templated
         self._kept: Kept | None = None
+        self._laid_out: dict[Hashable, list[int]] = {}
         self.context_length: int | None = getattr(model.config, "max_position_embeddings", None)
 
     def prompt_length(self, messages: Sequence[Message]) -> int:
         """How many tokens `messages` take, with the generation prompt."""
-        return len(self.prompt_ids(messages))
+        return len(self._known_ids(messages))
 
     def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
         """The token ids that the model is asked to go on from."""
@@ -114,8 +119,17 @@ class TransformersGenerator:
         known: dict[int, list[int]] = {}
         for request in requests:
             if id(request.messages) not in known:
-                known[id(request.messages)] = self.prompt_ids(request.messages)
+                known[id(request.messages)] = self._known_ids(request.messages)
         return [known[id(request.messages)] for request in requests]
+
+    def _known_ids(self, messages: Sequence[Message]) -> list[int]:
+        """`prompt_ids`, laid out once for the same messages and template while it is among the last ones."""
+        key = (self.tokenizer.chat_template, *(tuple(message.items()) for message in messages))
+        if key not in self._laid_out:
+            if len(self._laid_out) == LAID_OUT:
+                del self._laid_out[next(iter(self._laid_out))]
+            self._laid_out[key] = self.prompt_ids(messages)
+        return self._laid_out[key]
 
     def _generate_plainly(
         self, prompts: Sequence[Sequence[int]], config: GenerationConfig, device: torch.device

@@ -55,9 +55,10 @@ class Kept:
         """Nothing yet."""
         self._known: dict[str, Known] = {}
 
-    def find(self, name: str) -> Known:
-        """What is known of a conversation; nothing where it is new."""
-        return self._known.get(name, Known(()))
+    def take(self, name: str) -> Known:
+        """What is known of a conversation, nothing where it is new; from here on it is the caller's, so that no more
+        than it and the batch's own cache are in memory."""
+        return self._known.pop(name, Known(()))
 
     def keep(self, name: str, ids: Sequence[int], cache: DynamicCache, row: int, start: int) -> None:
         """Keep a row's tokens `ids`, which stand in the cache from place `start` on."""

@@ -94,7 +94,7 @@ def test_the_logits_are_those_of_a_whole_prefill_whatever_is_known(tiny_model: A
             kept = Kept()
             if before:
                 kept.keep("it", before, read([before], [Known(())])[0], 0, 0)
-            known.append(kept.find("it"))
+            known.append(kept.take("it"))
         cache, mask, logits = read(prompts, known)
         assert mask.sum(-1).tolist() == [len(prompt) for prompt in prompts]
         for row, prompt in enumerate(prompts):
