@@ -100,13 +100,13 @@ def _critic(job: Job, method: "Constitutional", generation: Generation) -> Gener
 
 
 def _progress(job: Job, rounds: int) -> Any:
-    """A progress line per phase; the phases are known beforehand, so the user sees how many are left."""
-    total = 1 + 2 * rounds
+    """A progress line per round, and one for the prompts that are only answered."""
 
     def title(done: Any) -> str:
-        number = 1 if done.role == "initial" else 2 * done.round + (0 if done.role == "critique" else 1)
-        name = {"initial": "answers", "critique": "critiques", "revision": "revisions"}[done.role]
-        return f"{number}/{total} {name}" + (f", round {done.round}" if done.round else "")
+        if done.role == "initial":
+            return "answers that are not revised"
+        texts = "answers, critiques, revisions" if done.round == 1 else "critiques, revisions"
+        return f"round {done.round} of {rounds}: {texts}"
 
     return progress(job, title)
 

@@ -154,6 +154,7 @@ BLIND = (
     "stagekit.generation",
     "stagekit.decoding",
     "stagekit.choosing",
+    "stagekit.kept",
 )
 
 
