@@ -276,7 +276,8 @@ def python_tests(
     The code is the last fenced block that is python or of no named language; without a fence, all of the completion. A
     test is Python code that ends without an exception, for instance `assert f(1) == 2`. It is executed after the code,
     in the same interpreter, on a copy of its names, and fails where the process leaves or is ended before it is done.
-    `__name__` is `completion`, so what the code does as a script is not done.
+    `__name__` is `completion`, so what the code does as a script is not done. An object with an `__eq__` of the code's
+    own is equal to no plain data (numbers, texts, lists of them), so that no answer is equal to all.
 
     Args:
         completions: Texts or conversations.
