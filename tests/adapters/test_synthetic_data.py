@@ -243,6 +243,9 @@ WRONG: list[tuple[dict[str, Any], str, str]] = [
     ({"method": {"min_answer_words": 9, "max_answer_words": 8}}, "method.max_answer_words", "8 is below"),
     ({"method": {"examples": 0}}, "method.examples", "0 shows no seed"),
     ({"training_data": None, "method": {"topics": ["a"], "examples": 2}}, "method.examples", "has no effect without"),
+    ({"method": {"example_line": "-"}}, "method.example_line", "has no {example}"),
+    ({"training_data": None, "method": {"topics": ["a"], "example_line": "{example}"}}, "method.example_line",
+     "has no effect where no seeds"),
     ({"method": {"request": "Write one."}}, "method.request", "has no {examples}"),
     ({"method": {"request": "{examples} {topic}"}}, "method.request", "has {topic}, which nothing fills"),
     ({"method": {"request": "{examples}", "topics": ["a"]}}, "method.request", "has no {topic}, so method.topics"),
@@ -294,9 +297,11 @@ def test_a_declaration_survives_its_file_and_is_planned(
 
 
 def test_the_request_is_the_users_own(seeds: str, tiny_model_path: str, tmp_path: Path) -> None:
-    method = {"request": "More like these:\n{examples}\nOne on {topic}:", "topics": ("tea",)}
+    method = {
+        "request": "More like these:\n{examples}\nOne on {topic}:", "topics": ("tea",), "example_line": "- {example}"
+    }  # fmt: skip
     made = run(tiny_model_path, tmp_path, synthetic(seeds, method=method))["synth"]
     for line in rows(made.dataset("instructions")):
         text = line["prompt"][0]["content"]
-        assert text.startswith("More like these:\n1. ") and text.endswith("\nOne on tea:")
+        assert text.startswith("More like these:\n- ") and text.endswith("\nOne on tea:")
     assert Counter(line["drop"] for line in rows(made.dataset("instructions")))[""] > 0
