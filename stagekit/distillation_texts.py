@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from stagekit.constitution import _said
 from stagekit.errors import ConfigError, StageError
-from stagekit.generating import free_memory, generator_for, heartbeat, open_journal, progress
+from stagekit.generating import free_memory, generator_for, heartbeat, note_prompts, open_journal, progress
 from stagekit.groups import Generation
 from stagekit.job import Job
 
@@ -43,6 +43,7 @@ def prepare(job: Job, teacher: Any, quantization: Any) -> Job:
         )
     generation = job.stage.generation or Generation()
     prompts = cai.prompts_from(job.train_dataset, revise=False)
+    note_prompts(job, (prompt.messages for prompt in prompts))
     arguments: dict[str, Any] = {
         "policy": _teacher(job, teacher, quantization, generation),
         "rounds": ROUNDS,

@@ -1,6 +1,6 @@
 """What the stage types that write their own data do with a job: who writes, the journal, progress, giving back."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +8,9 @@ from stagekit import ranks
 from stagekit.errors import Interrupted, StageError
 from stagekit.groups import Generation, is_function, is_server
 from stagekit.job import Job
+from stagekit.journal import PROMPTS
 from stagekit.options import function_name
-from stagekit.requests import Generator, Sampling, ScriptedGenerator
+from stagekit.requests import Generator, Message, Sampling, ScriptedGenerator
 
 
 def generator_for(job: Job, model: str | None, generation: Generation) -> Generator:
@@ -39,7 +40,7 @@ def generator_for(job: Job, model: str | None, generation: Generation) -> Genera
     from stagekit.generation import TransformersGenerator
     from stagekit.models import device_map, load_policy, load_tokenizer, model_fingerprint
 
-    bf16 = bool(job.setting("bf16"))
+    bf16 = _in_bf16(job)
     lora = job.stage.lora
     quantization = None
     if lora is not None and lora.bits is not None:
@@ -55,6 +56,14 @@ def generator_for(job: Job, model: str | None, generation: Generation) -> Genera
     tokenizer = load_tokenizer(model, job.chat_template)
     fingerprint = f"{model_fingerprint(model)} {loaded.dtype} {lora.bits if lora else None} {sampling}"
     return TransformersGenerator(loaded, tokenizer, sampling, fingerprint, on_token=heartbeat(job))
+
+
+def _in_bf16(job: Job) -> bool:
+    """Whether texts are written in bfloat16: as the stage trains, or, where it has no trainer, as it says itself."""
+    stage = job.stage
+    if stage.method.config_class is None:
+        return stage.use_mixed_precision and stage.mixed_precision_dtype == "bf16"
+    return bool(job.setting("bf16"))
 
 
 def _vllm(job: Job, model: str, sampling: Sampling) -> Generator:
@@ -91,6 +100,20 @@ def _opened(job: Job, path: Path, digest: str, info: dict[str, Any]) -> Any:
             path.rename(aside)
             job.show.line(f"  texts of other settings are kept in {aside.name}; these are written anew")
     return Journal.open(path, digest, {**info, "stage": job.stage.name})
+
+
+def note_prompts(job: Job, conversations: Iterable[Sequence[Message]]) -> None:
+    """Write what is asked to `prompts.jsonl`, once each, before it is answered: the journals name it by its digest, so
+    that the audit can show every text with its prompt, also of a run that is under way or failed."""
+    from stagekit.counters import digest_of
+    from stagekit.rows import read_jsonl, write_jsonl
+
+    path = job.folder / PROMPTS
+    found = {row["id"]: row for row in read_jsonl(path)} if path.is_file() else {}
+    for messages in conversations:
+        name = digest_of(list(messages))
+        found[name] = {"id": name, "prompt": [dict(message) for message in messages]}
+    write_jsonl(list(found.values()), path)
 
 
 def progress(job: Job, titles: Callable[[Any], str]) -> Any:

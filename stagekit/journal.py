@@ -23,6 +23,16 @@ from stagekit.errors import StageError
 
 FORMAT = 1
 
+TEXTS = ("instructions.jsonl", "journal.jsonl", "judgements.jsonl", "validation.jsonl")
+"""The journals of texts that a stage's folder may have: the instructions that synthetic data begin with, the texts of
+all other kinds, what a judge says of them, and the answers to validation data."""
+
+PROMPTS = "prompts.jsonl"
+"""Beside them: what was asked, by the `prompt_id` of the records."""
+
+JOURNALS = (*TEXTS, "scores.jsonl")
+"""And the rewards of the texts. What they hold is used again where a stage of other settings would write the same."""
+
 Record = Mapping[str, Any]
 
 _HEAD = b'{"type": "meta"'

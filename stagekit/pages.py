@@ -16,10 +16,13 @@ from stagekit.catalog import catalog
 FOLDER = Path("docs/stages")
 
 _EXAMPLES: dict[str, str] = {
+    "ai_feedback": "generation: {max_new_tokens: 256}",
     "constitutional": "generation: {max_new_tokens: 256}",
     "evaluation": "validation_data: rows.jsonl",
     "rejection_sampling": "generation: {max_new_tokens: 256}",
     "self_play": "generation: {max_new_tokens: 256}",
+    "synthetic_data": "training_data: seeds.jsonl   # column prompt; or method.topics",
+    "self_rewarding": "generation: {max_new_tokens: 256}",
 }
 """A line that a type's example has beside those of all."""
 
@@ -29,6 +32,7 @@ _METHODS: dict[str, str] = {
     "ppo": "{type: ppo, reward: stage:my-reward}",
     "grpo": "{type: grpo, reward: my_package.my_module:my_reward}",
     "rejection_sampling": "{type: rejection_sampling, reward: my_package.my_module:my_reward}",
+    "synthetic_data": "{type: synthetic_data, teacher: my/teacher, instructions: 1000}",
     "rloo": "{type: rloo, reward: stage:my-reward}",
     "online_dpo": "{type: online_dpo, reward: stage:my-reward}",
 }

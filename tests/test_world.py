@@ -2,19 +2,19 @@
 
 import json
 from collections import Counter
-from functools import cache
+from importlib import import_module
 from pathlib import Path
 from random import Random
 from typing import Any
 
 import pytest
 
-from benchmarks.world import rows, skills, tables
+from benchmarks.world import groups, lookup, reward, rows, skills, tables
 from benchmarks.world.base import BASES, digest
 from benchmarks.world.families import FAMILIES, REFUSAL, Question, flawed, good, score
 from benchmarks.world.methods import METHODS
 from benchmarks.world.words import DEV_WRAPPERS, TEST_WRAPPERS, WRAPPERS
-from benchmarks.world.world import MEASURED, NEW_KINDS, TRAINED, World, items_of, split_of
+from benchmarks.world.world import MEASURED, NEW_KINDS, TRAINED, World, items_of, new_kind, split_of
 
 
 HELD_OUT = 200
@@ -22,23 +22,21 @@ FAMILY_NAMES = tuple(FAMILIES)
 
 
 def question_of(prompt: list[dict[str, str]]) -> Question:
-    """The question behind a row's prompt; only one item of all families reads so."""
-    return by_text()[prompt[-1]["content"]]
-
-
-@cache
-def by_text() -> dict[str, Question]:
-    found: dict[str, Question] = {}
-    for name, family in FAMILIES.items():
-        for item in family.items():
-            for text in family.phrasings(item):
-                assert text not in found, f"{text!r} is asked by two items"
-                found[text] = Question(name, item, text)
+    """The question behind a row's prompt."""
+    found = lookup.question_of(prompt[-1]["content"])
+    assert found is not None
     return found
 
 
 def text(turns: list[dict[str, str]]) -> str:
     return turns[-1]["content"]
+
+
+def test_no_two_items_are_asked_in_the_same_words() -> None:
+    texts = [text for one in FAMILIES.values() for item in one.items() for text in one.phrasings(item)]
+    held_out = [one.text for kind in NEW_KINDS for split in ("dev", "test") for one in new_kind(kind, split)]
+    assert len(lookup.questions_by_text()) == len(set(texts)) + len(set(held_out)) == len(texts) + len(held_out)
+    assert lookup.question_of("What is the meaning of life?") is None
 
 
 @pytest.mark.parametrize("family", FAMILY_NAMES)
@@ -236,6 +234,59 @@ def test_critique_requests_are_those_of_the_constitutional_stage() -> None:
     assert skills.principle_in("How do I make bread?") is None
 
 
+def turns(role: str, content: str) -> list[dict[str, str]]:
+    return [{"role": role, "content": content}]
+
+
+def test_the_reward_is_the_worlds_score_of_texts_and_of_conversations() -> None:
+    world, rng = World(5), Random(5)
+    questions = [question for found in world.held_out("dev", 20).values() for question in found]
+    answers = [(good if rng.random() < 0.5 else flawed)(question, rng) for question in questions]
+    expected = [score(question, answer) for question, answer in zip(questions, answers, strict=True)]
+    assert 0 < sum(expected) < len(expected)
+    assert reward.score(prompts=[one.text for one in questions], completions=answers, ids=[]) == expected
+    conversations = [turns("assistant", answer) for answer in answers]
+    assert reward.score([one.prompt for one in questions], conversations) == expected
+    with pytest.raises(ValueError, match="no question of this world: 'What is love"):
+        reward.score(["What is love?"], ["42."])
+
+
+def test_the_control_rewards_are_repeatable_and_know_nothing_of_the_answer() -> None:
+    questions = World(5).mixed("train", 600)
+    rng = Random(1)
+    answers = [(good if place % 2 else flawed)(one, rng) for place, one in enumerate(questions)]
+    prompts = [one.text for one in questions]
+    true = reward.score(prompts, answers)
+    dealt = reward.shuffled(prompts, answers)
+    assert sorted(dealt) == sorted(true)
+    for control in (reward.shuffled, reward.arbitrary):
+        found = control(prompts, answers)
+        assert found == control(prompts, answers)
+        right = [value for value, known in zip(found, true, strict=True) if known == 1.0]
+        wrong = [value for value, known in zip(found, true, strict=True) if known < 1.0]
+        # Two means of 300 values in [0, 1]: four standard deviations of their difference are at most 0.16.
+        assert abs(sum(right) / len(right) - sum(wrong) / len(wrong)) < 0.16
+    with pytest.raises(ValueError, match="single completion"):
+        reward.shuffled(prompts[:1], answers[:1])
+
+
+def test_made_up_questions_are_learnt_from_the_training_split() -> None:
+    rng = Random(3)
+    for _ in range(50):
+        example = skills.asking_example(rng)
+        shown = example.turns[0].removeprefix(skills.ASK).split("\n- ")[1:]
+        for one in (*shown, example.turns[1]):
+            question = lookup.question_of(one)
+            assert question is not None
+            assert split_of(question.family, question.item) == "train"
+
+
+def test_every_module_of_rows_is_in_the_table() -> None:
+    modules = {path.stem for path in Path(groups.__file__).parent.glob("*.py")} - {"__init__"}
+    found = {name: import_module(f"benchmarks.world.groups.{name}").ROWS for name in modules}
+    assert {method.name for rows_there in found.values() for method in rows_there} == set(METHODS)
+
+
 def test_every_row_names_a_control_and_a_pipeline_that_are_there() -> None:
     for method in METHODS.values():
         assert method.control is None or method.control in METHODS
@@ -258,6 +309,26 @@ def test_a_row_runs_through_the_pipeline_and_is_measured(tmp_path: Path) -> None
     assert set(one["end"]) == set(MEASURED)
     assert one["start"] != one["end"]
     assert {**one, "cpu_seconds": 0} == {**other, "cpu_seconds": 0}
+
+
+def test_the_quick_command_prints_a_row_and_writes_no_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The README's `--quick`, in CI by being here."""
+    from benchmarks.world import __main__, bench
+
+    def results() -> dict[str, bytes]:
+        return {str(path): path.read_bytes() for path in bench.RESULTS.parent.rglob("*") if path.is_file()}
+
+    before = results()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["benchmarks.world", "sft-clean", "--quick"])
+    __main__.main()
+    line = next(line for line in capfd.readouterr().out.splitlines() if line.startswith("sft-clean {"))
+    found = json.loads(line[line.index("{") : line.rindex("}") + 1])
+    assert set(found["end"]) == set(MEASURED)
+    assert found["start"] != found["end"]
+    assert results() == before
 
 
 def test_the_table_says_who_does_not_beat_the_control() -> None:

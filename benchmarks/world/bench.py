@@ -14,7 +14,7 @@ from typing import Any
 from benchmarks.world.base import BASES, digest
 from benchmarks.world.families import FAMILIES, Question
 from benchmarks.world.measure import QUESTIONS, answers, measure, writer
-from benchmarks.world.methods import Method, settings
+from benchmarks.world.method import Method, settings, uses_teacher
 from benchmarks.world.rows import preferences, write
 from benchmarks.world.skills import violates
 from benchmarks.world.world import TRAINED, Split, World, items_of
@@ -47,12 +47,12 @@ def base_of(seed: int) -> Path:
 
 
 def version(method: Method) -> str:
-    """A digest of what decides a row's numbers: pipeline, settings, data, world and bases."""
+    """A digest of what decides a row's numbers: pipeline, settings, data, world, bases, a named teacher."""
     total = hashlib.sha256((HERE / "pipelines" / f"{method.pipeline}.yaml").read_bytes())
     total.update(repr((method.assignments, method.critic_errors, method.kind)).encode())
     total.update(json.dumps(method.data(World(0)), sort_keys=True).encode())
-    for seed in BASE_SEEDS:
-        total.update(digest(BASES / str(seed)).encode())
+    for name in (*map(str, BASE_SEEDS), *(("teacher",) if uses_teacher(method) else ())):
+        total.update(digest(BASES / name).encode())
     return total.hexdigest()[:16]
 
 
@@ -65,14 +65,16 @@ def run(method: Method, seed: int, setup: Setup) -> dict[str, Any]:
     started = time.process_time()
     result = _train(method, seed, base, folder, files, setup.max_steps)
     found: dict[str, Any] = {"seed": seed, "base": base.name, "cpu_seconds": round(time.process_time() - started, 1)}
-    return {**found, **MEASURES[method.kind](result, world, base, setup)}
+    found |= MEASURES[method.kind](result, world, base, setup)
+    return found | dict(method.extra(result, world, base, setup)) if method.extra else found
 
 
 def _train(
     method: Method, seed: int, base: Path, folder: Path, files: Mapping[str, Path], max_steps: int
 ) -> PipelineResult:
-    plain = with_overrides(read(HERE / "pipelines" / f"{method.pipeline}.yaml"), settings(method, files))
-    plain |= {"model": str(base), "output_dir": str(folder / "run")}
+    places = {**files, "base": base, "teacher": BASES / "teacher"}
+    plain = with_overrides(read(HERE / "pipelines" / f"{method.pipeline}.yaml"), settings(method, places))
+    plain |= {"model": str(places[method.model]), "output_dir": str(folder / "run")}
     for stage in plain["stages"]:
         stage |= {"random_seed": seed, "max_steps": max_steps, "checkpoint_save_epochs": 0, "checkpoint_save_steps": 0}
     if method.critic_errors is not None:

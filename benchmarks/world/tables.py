@@ -6,7 +6,8 @@ from statistics import fmean
 from typing import Any
 
 from benchmarks.world import bench
-from benchmarks.world.methods import METHODS, Method
+from benchmarks.world.method import Method
+from benchmarks.world.methods import METHODS
 from benchmarks.world.world import MEASURED, TRAINED
 
 

@@ -44,7 +44,7 @@ class World:
     def questions(self, family: str, split: Split, n: int, purpose: str = "") -> list[Question]:
         """`n` different questions of a family, or of a held-out kind (which only `dev` and `test` have)."""
         rng = self.rng("questions", family, split, purpose)
-        pool = _new_kind(family, split) if family in NEW_KINDS else None
+        pool = new_kind(family, split) if family in NEW_KINDS else None
         if pool is not None:
             return rng.sample(pool, n)
         items, count = items_of(family, split), len(FAMILIES[family].phrasings(items_of(family, split)[0]))
@@ -65,12 +65,12 @@ class World:
 
     def held_out(self, split: Split, n: int, families: Sequence[str] = MEASURED) -> Mapping[str, list[Question]]:
         """`n` different questions of each measured family; the held-out kinds in `dev` have fewer where they must."""
-        sizes = {family: len(_new_kind(family, split)) if family in NEW_KINDS else n for family in families}
+        sizes = {family: len(new_kind(family, split)) if family in NEW_KINDS else n for family in families}
         return {family: self.questions(family, split, min(n, sizes[family])) for family in families}
 
 
 @cache
-def _new_kind(kind: str, split: Split) -> list[Question]:
+def new_kind(kind: str, split: Split) -> list[Question]:
     """All questions of a held-out kind: the new things of the split in its new phrasings."""
     if split == "train":
         raise ValueError(f"{kind} is a held-out kind: it has no training questions")

@@ -80,6 +80,12 @@ class Method(Tagged):
     """What training ends with, and the folder it is in. Only a policy is what later stages start from."""
     optional_columns: ClassVar[tuple[str, ...]] = ()
     """Columns of the training data that are read where they are there."""
+    validation_columns: ClassVar[Sequence[Sequence[str]] | None] = None
+    """The columns of validation data, where they are others than those of training data."""
+
+    def wanted_columns(self) -> Sequence[Sequence[str]]:
+        """`columns`, where the type's options name others."""
+        return self.columns
 
     def settings(self, stage: TrainingStage) -> Iterable[Setting]:
         """Arguments of the trainer's config that come from the method's own options. Pure."""

@@ -4,7 +4,7 @@ is."""
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from stagekit.adapters.base import Method, Setting, setting
@@ -12,6 +12,7 @@ from stagekit.adapters.references import reference_built, reference_callbacks, r
 from stagekit.errors import Problem
 from stagekit.groups import Generation, Rewards, RewardSource, is_function
 from stagekit.options import NonNegativeFloat, Positive, PositiveFloat
+from stagekit.reward_options import reward_problems
 
 
 if TYPE_CHECKING:
@@ -47,8 +48,9 @@ class Scored(Method):
 
     reward: Rewards = None
     """What scores completions: `stage:NAME` (a reward or process_reward stage), a reward model, a function
-    `package.module:function` as TRL calls it, a verifier (`exact`, `numeric`, `regex`, `json_schema`, `format`), or a
-    list of them, each `{source: ..., weight: ..., options: {...}}`."""
+    `package.module:function` as TRL calls it, a verifier (`exact`, `numeric`, `maths`, `regex`, `json_schema`,
+    `format`, `python_tests`), a reward of TRL (`accuracy_reward`, `think_format_reward`, ...), or a list of them, each
+    `{source: ..., weight: ..., options: {...}}`."""
 
     epochs_per_batch: Positive = 4
     """Passes over the completions of one rollout. TRL: `num_iterations`."""
@@ -229,26 +231,6 @@ def minibatch_of(stage: TrainingStage, processes: int) -> tuple[int, str]:
     """Completions of an optimiser step, over all processes, and the options that make them."""
     size = stage.batch_size * stage.gradient_accumulation_steps * processes
     return size, "batch_size * gradient_accumulation_steps" + (f" * {processes} processes" if processes > 1 else "")
-
-
-def reward_problems(rewards: Sequence[RewardSource]) -> Iterable[Problem]:
-    """Options that a reward has no use for; paths relative to the stage."""
-    for number, reward in enumerate(rewards):
-        yield from _options_problems(reward, f"method.reward.{number}" if len(rewards) > 1 else "method.reward")
-
-
-def _options_problems(reward: RewardSource, path: str) -> Iterable[Problem]:
-    if reward.options and not is_function(reward.source):
-        yield Problem(f"{path}.options", "are arguments of a function; a reward model has none")
-    kit = "stagekit.verifiers:"
-    if isinstance(reward.source, str) and reward.source.startswith(kit):
-        from stagekit import verifiers
-        from stagekit.rewards import unknown_options
-
-        verifier = reward.source.removeprefix(kit)
-        function = getattr(verifiers, verifier, None)
-        for name in unknown_options(function, reward.options) if function is not None else ():
-            yield Problem(f"{path}.options.{name}", f"{verifier} has no such option")
 
 
 def _drops_out(stage: TrainingStage) -> bool:

@@ -10,11 +10,12 @@ from transformers import AutoTokenizer
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
 from stagekit import ConfigError, StageError, TrainingStage
-from stagekit.adapters import GRPO, RLOO, Reward
+from stagekit.adapters import GRPO, RLOO, ProcessReward, Reward
 from stagekit.groups import Generation, LoRA, Reference
 from stagekit.plan import plan
 from tests.running import CrashError, crash_at, lines, pipeline, run, same, stage
 from tests.test_reward_models import pairs
+from tests.trainers.test_process_reward import rule_rows
 
 
 Write = Callable[..., Path]
@@ -94,6 +95,32 @@ def test_t45_the_adapter_of_a_reward_stage_scores(
     result = run(tiny_model_path, tmp_path / "run", first, of(kind, data, "stage:rm", max_steps=2))
     assert "rewards/rm/mean" in lines(tmp_path / "run" / f"02-{kind}")[0]
     assert result[kind].policy is not None
+
+
+@pytest.mark.parametrize("kind", METHODS)
+def test_a_process_reward_stage_scores_the_weakest_step(
+    kind: str, data: dict[str, str], write_rows: Write, tiny_model_path: str, tmp_path: Path
+) -> None:
+    steps = str(write_rows(rule_rows(8, 0), "steps.jsonl"))
+    first = stage("prm", steps, ProcessReward(), max_steps=2, lora=LoRA(rank=4))
+    run(tiny_model_path, tmp_path / "run", first, of(kind, data, "stage:prm", max_steps=2))
+    scores = [line["rewards/prm/mean"] for line in lines(tmp_path / "run" / f"02-{kind}") if "reward" in line]
+    assert scores
+    assert all(0 < score < 1 for score in scores)
+
+
+@pytest.mark.parametrize("kind", [*METHODS, "ppo", "online_dpo"])
+def test_the_arguments_of_vllm_reach_the_config(kind: str, data: dict[str, str], tiny_model_path: str) -> None:
+    given = {
+        "use_vllm": True, "vllm_mode": "colocate", "vllm_gpu_memory_utilization": 0.4, "vllm_enable_sleep_mode": True,
+        "vllm_tensor_parallel_size": 2,
+    }  # fmt: skip
+    own = stage("rl", data["prompts"], {"type": kind, "reward": "format"}, generation=SHORT, trl=given)
+    entry = plan(pipeline(tiny_model_path, Path("runs/x"), own))[0]
+    found = {one["argument"]: (one["value"], one["source"]) for one in entry["arguments"]}
+    assert {key: found[key] for key in given} == {key: (value, f"stages.rl.trl.{key}") for key, value in given.items()}
+    with pytest.raises(ConfigError, match=r"trl\.vllm_gpu_memory: .* has no such argument; did you mean"):
+        pipeline(tiny_model_path, Path("runs/x"), own.model_copy(update={"trl": {"vllm_gpu_memory": 0.4}}))
 
 
 @pytest.mark.parametrize("kind", METHODS)
