@@ -87,16 +87,13 @@ def _teacher(job: Job, teacher: Any, quantization: Any, generation: Generation) 
     """Who writes: the teacher in its own dtype, or the function that stands in for it."""
     if generation.backend != "transformers":
         return generator_for(job, teacher if isinstance(teacher, str) else None, generation)
-    import torch
-
     from stagekit.generation import TransformersGenerator, weights_fingerprint
-    from stagekit.models import load_policy, load_tokenizer, model_fingerprint
+    from stagekit.models import device_map, load_policy, load_tokenizer, model_fingerprint
     from stagekit.requests import Sampling
 
     sampling = Sampling(generation.temperature, generation.top_p, generation.top_k, generation.batch_tokens)
     if isinstance(teacher, str):
-        device_map = "auto" if torch.cuda.is_available() else None
-        loaded = load_policy(teacher, dtype="auto", quantization=quantization, device_map=device_map)
+        loaded = load_policy(teacher, dtype="auto", quantization=quantization, device_map=device_map())
         name, identity = teacher, model_fingerprint(teacher)
     else:
         loaded, name, identity = teacher, teacher.name_or_path, weights_fingerprint(teacher)

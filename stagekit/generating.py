@@ -1,8 +1,10 @@
 """What the stage types that write their own data do with a job: who writes, the journal, progress, giving back."""
 
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
+from stagekit import ranks
 from stagekit.errors import Interrupted, StageError
 from stagekit.groups import Generation, is_function, is_server
 from stagekit.job import Job
@@ -36,7 +38,7 @@ def generator_for(job: Job, model: str | None, generation: Generation) -> Genera
     import torch
 
     from stagekit.generation import TransformersGenerator
-    from stagekit.models import load_policy, load_tokenizer, model_fingerprint
+    from stagekit.models import device_map, load_policy, load_tokenizer, model_fingerprint
 
     bf16 = _in_bf16(job)
     lora = job.stage.lora
@@ -49,7 +51,7 @@ def generator_for(job: Job, model: str | None, generation: Generation) -> Genera
         model,
         dtype=torch.bfloat16 if bf16 else torch.float32,
         quantization=quantization,
-        device_map="auto" if torch.cuda.is_available() else None,
+        device_map=device_map(),
     )
     tokenizer = load_tokenizer(model, job.chat_template)
     fingerprint = f"{model_fingerprint(model)} {loaded.dtype} {lora.bits if lora else None} {sampling}"
@@ -79,10 +81,18 @@ def _vllm(job: Job, model: str, sampling: Sampling) -> Generator:
 
 def open_journal(job: Job, digest: str, info: dict[str, Any], name: str = "journal.jsonl") -> Any:
     """A journal in the job's folder. One of other settings is moved aside under its own digest, so that nothing is
-    lost."""
+    lost. Of several processes the first one writes it, the others have in memory what it holds."""
     from stagekit.journal import Journal
 
     path = job.folder / name
+    journal = _opened(job, path, digest, info) if ranks.rank() == 0 else None
+    ranks.wait()
+    return journal if journal is not None else Journal.follow(path, digest)
+
+
+def _opened(job: Job, path: Path, digest: str, info: dict[str, Any]) -> Any:
+    from stagekit.journal import Journal
+
     if path.exists():
         before = Journal.read(path).digest if path.stat().st_size else ""
         if before and before != digest:
@@ -147,12 +157,16 @@ def free_memory() -> None:
 
 
 def write_datasets(job: Job, datasets: dict[str, Sequence[Any]]) -> dict[str, Any]:
-    """Write datasets that the stage leaves to `data/` in its folder: name -> file."""
+    """Write datasets that the stage leaves to `data/` in its folder: name -> file. The first process writes."""
     from stagekit.rows import write_jsonl
 
     folder = job.folder / "data"
-    folder.mkdir(exist_ok=True)
     files = {name: folder / f"{name}.jsonl" for name in datasets}
-    for name, rows in datasets.items():
-        write_jsonl(rows, files[name])
+
+    def write() -> None:
+        folder.mkdir(exist_ok=True)
+        for name, rows in datasets.items():
+            write_jsonl(rows, files[name])
+
+    ranks.once(write)
     return files

@@ -39,7 +39,8 @@ _HEAD = b'{"type": "meta"'
 
 
 class Journal:
-    """Records of finished batches, by key and in the file's order: `Journal.open` to write, `Journal.read` to look."""
+    """Records of finished batches, by key and in the file's order: `Journal.open` to write, `Journal.read` to look,
+    `Journal.follow` beside a process that writes."""
 
     def __init__(self, path: Path, digest: str) -> None:
         """An empty journal without a file; `open` and `read` fill it. An empty `digest` takes that of the file."""
@@ -50,6 +51,7 @@ class Journal:
         self._records: dict[str, Record] = {}
         self._batches: dict[str, float] = {}
         self._file: BinaryIO | None = None
+        self._follows = False
 
     @classmethod
     def open(cls, path: str | Path, digest: str, meta: Mapping[str, Any] | None = None) -> Self:
@@ -76,6 +78,18 @@ class Journal:
         if good == 0:
             journal.info = dict(meta or {})
             journal._write([{"type": "meta", "format": FORMAT, "digest": digest, "info": journal.info}])
+        return journal
+
+    @classmethod
+    def follow(cls, path: str | Path, digest: str) -> Self:
+        """What `open` gave in another process, which writes the file: what is appended here is only remembered.
+
+        Raises:
+            StageError: as `open`.
+        """
+        journal = cls(Path(path), digest)
+        journal._load(journal.path.read_bytes())
+        journal._follows = True
         return journal
 
     @classmethod
@@ -143,6 +157,8 @@ class Journal:
         self.close()
 
     def _write(self, lines: Sequence[Mapping[str, Any]]) -> None:
+        if self._follows:
+            return
         assert self._file is not None, f"the journal {self.path} is closed"
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
         self._file.write(text.encode("utf-8", "surrogatepass"))

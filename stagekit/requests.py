@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, Protocol, runtime_checkable
 
 
@@ -20,7 +20,7 @@ class Request:
     key: str
     messages: tuple[Message, ...]
     max_new_tokens: int
-    conversation: str = ""
+    conversation: str = field(default="", kw_only=True)
 
 
 @dataclass(frozen=True)

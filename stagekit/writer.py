@@ -133,7 +133,7 @@ class Writer:
             fitting = [ask for ask in asks if limit is None or lengths[ask.key] + most <= limit]
             if not fitting:
                 return {}
-            requests = [Request(ask.key, ask.messages, most, ask.conversation) for ask in fitting]
+            requests = [Request(ask.key, ask.messages, most, conversation=ask.conversation) for ask in fitting]
             seed = seed_of(self.seed, digest_of(*(request.key for request in requests)))
             completions = generator.generate(requests, seed)
             records = {

@@ -174,7 +174,7 @@ class _Numbers(TransformersGenerator):
         super().__init__(model, _NoTokenizer(), GREEDY, "numbers", templated=False)
 
     def request(self, name: str, ids: Sequence[int]) -> Request:
-        return Request(name, ({"role": "user", "content": " ".join(map(str, ids))},), 6, name)
+        return Request(name, ({"role": "user", "content": " ".join(map(str, ids))},), 6, conversation=name)
 
     def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
         return [int(one) for one in messages[0]["content"].split()]
@@ -219,7 +219,9 @@ def talk(generator: TransformersGenerator, seed: int = 0) -> list[list[Any]]:
     talks: list[tuple[str, ...]] = [("Name a fruit.",), ("Is the earth round? Say why, please.",), ("Hi",)]
     turns = []
     for number in range(3):
-        asked = [Request(f"{row} {number}", say(*turns_), 12, str(row)) for row, turns_ in enumerate(talks)]
+        asked = [
+            Request(f"{row} {number}", say(*turns_), 12, conversation=str(row)) for row, turns_ in enumerate(talks)
+        ]
         written = generator.generate(asked, seed + number)
         turns.append(written)
         talks = [(*before, one.text.strip(), "And why?") for before, one in zip(talks, written, strict=True)]
@@ -249,7 +251,7 @@ def test_a_template_that_changes_what_was_said_is_read_anew_from_there(generator
 
 
 def test_all_is_forgotten_at_the_end_and_after_a_failure(generator: TransformersGenerator) -> None:
-    request = Request("a", say("Name a fruit."), 4, "a")
+    request = Request("a", say("Name a fruit."), 4, conversation="a")
     length = generator.prompt_length(request.messages)
     seen = shapes(generator.model)
     with remembering(generator):
@@ -264,6 +266,6 @@ def test_all_is_forgotten_at_the_end_and_after_a_failure(generator: Transformers
 def test_a_generator_that_keeps_nothing_answers_turn_by_turn() -> None:
     scripted = ScriptedGenerator(lambda messages: f"{len(messages)}")
     with remembering(scripted, scripted):
-        first = scripted.generate([Request("a", say("x"), 5, "c")], 0)
-        second = scripted.generate([Request("b", say("x", "1", "y"), 5, "c")], 0)
+        first = scripted.generate([Request("a", say("x"), 5, conversation="c")], 0)
+        second = scripted.generate([Request("b", say("x", "1", "y"), 5, conversation="c")], 0)
     assert (first[0].text, second[0].text) == ("1", "3")
