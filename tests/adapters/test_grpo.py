@@ -228,3 +228,14 @@ def test_t17_what_cannot_be_is_refused(method: Any, given: dict[str, Any], path:
         TrainingStage(name="s", training_data="x.jsonl", method=method, **given)
     found = [(problem.path, problem.message) for problem in caught.value.problems]
     assert any(where == path and message in text for where, text in found), found
+
+
+@pytest.mark.parametrize(("size", "told"), [(8, None), (12, "leaves out 1 of 16 prompts: a rollout takes 3, whole")])
+def test_t16_prompts_that_fill_no_rollout_are_told(
+    size: int, told: str | None, data: dict[str, str], tiny_model_path: str, tmp_path: Path, capsys: Any
+) -> None:
+    one = of("grpo", data, batch_size=size, max_steps=1)
+    pipeline(tiny_model_path, tmp_path / "run", one).run()
+    said = capsys.readouterr().out
+    assert "a rollout is" in said
+    assert ("an epoch leaves out" in said) is (told is not None) and (told is None or told in said)
