@@ -141,7 +141,7 @@ def _who(job: Job, method: "SyntheticData", generation: Generation) -> "Generato
             return generator_for(job, job.model.generates if job.model else None, generation)
         if job.model is None:
             raise StageError(f"stage {job.stage.name!r} has no model to write with")
-        return _teacher(job, job.model.generates, None, generation)
+        return _teacher(job, job.model.generates, None, generation, job.chat_template)
     if isinstance(name, str) and name.startswith("stage:"):
         policy = job.results[name.removeprefix("stage:")].policy
         if policy is None:

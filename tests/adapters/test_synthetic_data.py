@@ -296,6 +296,18 @@ def test_a_declaration_survives_its_file_and_is_planned(
     assert learns["model"] == tiny_model_path
 
 
+def test_another_template_writes_other_texts_and_never_takes_those_of_the_one_before(
+    seeds: str, tiny_model_path: str, tmp_path: Path
+) -> None:
+    found = []
+    for turn in ("Q", "Question"):
+        template = "{% for m in messages %}" + turn + ": {{ m.content }} {% endfor %}A:"
+        pipeline(tiny_model_path, tmp_path, synthetic(seeds), chat_template=template).run(quiet=True)
+        found.append(records(tmp_path / "01-synth", "instructions.jsonl"))
+    models = [{record["model"] for record in one} for one in found]
+    assert [len(one) for one in models] == [1, 1] and models[0] != models[1]
+
+
 def test_the_request_is_the_users_own(seeds: str, tiny_model_path: str, tmp_path: Path) -> None:
     method = {
         "request": "More like these:\n{examples}\nOne on {topic}:", "topics": ("tea",), "example_line": "- {example}"
