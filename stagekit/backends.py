@@ -86,11 +86,9 @@ class ServerGenerator:
         }
         if self.sampling.top_k > 0:
             body["top_k"] = self.sampling.top_k  # no part of OpenAI's interface, but of most servers'
-        status, answer = self._ask("/chat/completions", body)
-        if status == 400 and "context" in json.dumps(answer).lower():
+        answer = self.ask(body)
+        if answer is None:
             return Completion("", (), "error", self.prompt_length(request.messages))
-        if status != 200:
-            raise StageError(f"{self.url} refused a request with status {status}: {json.dumps(answer)[:500]}")
         try:
             choice, usage = answer["choices"][0], answer.get("usage") or {}
             text = choice["message"]["content"] or ""
@@ -102,6 +100,19 @@ class ServerGenerator:
         known: dict[str, FinishReason] = {"stop": "stop", "length": "length"}
         prompt_tokens = usage.get("prompt_tokens", self.prompt_length(request.messages))
         return Completion(text, (), known.get(reason, "error"), prompt_tokens, usage.get("completion_tokens"))
+
+    def ask(self, body: dict[str, Any]) -> Any:
+        """The answer to one chat completion; None where the conversation is too long for the server.
+
+        Raises:
+            StageError: it refused, or stayed busy.
+        """
+        status, answer = self._ask("/chat/completions", body)
+        if status == 400 and "context" in json.dumps(answer).lower():
+            return None
+        if status != 200:
+            raise StageError(f"{self.url} refused a request with status {status}: {json.dumps(answer)[:500]}")
+        return answer
 
     def _only_model(self) -> str:
         status, answer = self._ask("/models", None)

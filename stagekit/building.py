@@ -177,7 +177,7 @@ def _model(job: Job) -> Any:
     assert job.model is not None
     if job.model.adapter is None:
         return job.model.base
-    from stagekit.models import load_policy
+    from stagekit.models import device_map, load_policy
 
     ignored = sorted(set(job.setting("model_init_kwargs") or {}) - {"dtype"})
     if ignored:
@@ -191,19 +191,11 @@ def _model(job: Job) -> Any:
         dtype=init_kwargs(job.setting("model_init_kwargs")).get("dtype", "float32"),
         trainable=lora is not None,
         quantization=_quantization(job) if lora is not None and lora.bits is not None else None,
-        device_map=_device_map(),
+        device_map=device_map(),
     )
     if lora is not None:
         _set_lora_dropout(model, lora.dropout)
     return model
-
-
-def _device_map() -> str | dict[str, int] | None:
-    import torch
-
-    if live_processes() > 1 and torch.cuda.is_available():
-        return {"": torch.cuda.current_device()}  # a whole model in each process
-    return "auto" if torch.cuda.is_available() else None
 
 
 def _quantization(job: Job) -> Any:

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from stagekit.arguments import RESERVED, ignored_in_trl
 from stagekit.errors import Problem
-from stagekit.groups import Data, RewardSource, is_function
+from stagekit.groups import Data, RewardSource, is_function, is_server
 from stagekit.measures import problems_of_libraries, text_metrics_of
 from stagekit.options import nearest
+from stagekit.reward_options import columns_of, problems_on_this_machine
 from stagekit.sources import parse_data, parse_model, problems_of_data, problems_of_model
 from stagekit.trl_fields import fields_of
 
@@ -78,9 +79,9 @@ def models_of(stage: "TrainingStage") -> Iterator[tuple[str, Any]]:
     """Path and value of every model that the stage names."""
     if stage.model is not None:
         yield f"{stage.path}.model", stage.model
-    for option in ("critique_model", "teacher"):
+    for option in ("critique_model", "teacher", "judge"):
         value = getattr(stage.method, option, None)
-        if value is not None:
+        if value is not None and not is_function(value) and not is_server(value):
             yield f"{stage.path}.method.{option}", value
     scorer = stage.text_metrics.reward_model if stage.text_metrics is not None else None
     if scorer is not None and not is_function(scorer):
@@ -233,6 +234,8 @@ def problems_on_disk(pipeline: "TrainingPipeline") -> list[Problem]:
             problems += _data(path, value, stage)
         problems += _functions(stage)
         problems += problems_of_libraries(stage)
+        rewards = [reward for _, reward in rewards_of(stage)]
+        problems += [Problem(f"{stage.path}.{one.path}", one.message) for one in problems_on_this_machine(rewards)]
     return problems
 
 
@@ -251,8 +254,11 @@ def _data(path: str, value: Any, stage: "TrainingStage") -> list[Problem]:
                 path, f"{data.source!r} is a hub dataset; say which split: {{source: {data.source}, split: train}}"
             )
         ]
-    wanted = stage.method.columns if stage.data_preprocessor is None else ()
-    if path == f"{stage.path}.validation_data" and text_metrics_of(stage):
+    held_out = path == f"{stage.path}.validation_data"
+    compared = sorted(set(columns_of([reward for _, reward in rewards_of(stage)])))
+    needed = (stage.method.validation_columns if held_out else None) or stage.method.wanted_columns()
+    wanted = tuple((*columns, *compared) for columns in needed) if stage.data_preprocessor is None else ()
+    if held_out and text_metrics_of(stage):
         wanted = tuple(columns for columns in wanted if "prompt" in columns or columns[0] in _WITH_PROMPTS)
     return problems_of_data(source, path, wanted, data.columns)
 
@@ -271,6 +277,9 @@ def functions_of(stage: "TrainingStage") -> Iterator[tuple[str, Any]]:
         value = getattr(stage.text_metrics, option, None)
         if value is not None and is_function(value):
             yield f"text_metrics.{option}", value
+    judge = getattr(stage.method, "judge", None)
+    if judge is not None and is_function(judge):
+        yield "method.judge", judge
     for option, reward in rewards_of(stage):
         if is_function(reward.source):
             yield option, reward.source

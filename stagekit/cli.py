@@ -64,7 +64,9 @@ def _parser() -> argparse.ArgumentParser:
     runs = command("run", _run, "run a pipeline; goes on by itself where its folder has results")
     _takes_file(runs)
     add_run_options(runs)
-    _takes_file(command("check", _check, "tell every problem of a pipeline at once, without loading anything"))
+    checks = command("check", _check, "tell every problem of a pipeline at once, without loading anything")
+    _takes_file(checks)
+    add_num_processes(checks)
     plans = command("plan", _plan, "print, stage by stage, the exact TRL arguments and where each came from")
     _takes_file(plans)
     plans.add_argument("--json", action="store_true", help="print JSON")
@@ -130,9 +132,11 @@ def run_pipeline(pipeline: Any, given: argparse.Namespace) -> int:
 
 
 def _check(given: argparse.Namespace) -> int:
+    from stagekit.distributed import count_processes, live_processes
     from stagekit.parse import load
 
     pipeline = load(given.file, given.assignments)
+    count_processes(pipeline, given.num_processes, isolate=live_processes() == 1)
     count = len(pipeline.stages)
     print(f"{given.file}: {count} stage{'s' if count > 1 else ''}, nothing wrong")
     return 0

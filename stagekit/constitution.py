@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from stagekit.errors import StageError
-from stagekit.generating import free_memory, generator_for, open_journal, progress, write_datasets
+from stagekit.generating import free_memory, generator_for, note_prompts, open_journal, progress, write_datasets
 from stagekit.groups import Generation, is_function
 from stagekit.job import Job
 from stagekit.requests import Generator
@@ -25,6 +25,7 @@ def prepare(job: Job, method: "Constitutional") -> Job:
     from stagekit.trainers import constitutional as cai
 
     prompts = _prompts(job, method)
+    note_prompts(job, (prompt.messages for prompt in prompts))
     principles = _principles(method)
     generation = job.stage.generation or Generation()
     arguments: dict[str, Any] = {
@@ -99,13 +100,13 @@ def _critic(job: Job, method: "Constitutional", generation: Generation) -> Gener
 
 
 def _progress(job: Job, rounds: int) -> Any:
-    """A progress line per phase; the phases are known beforehand, so the user sees how many are left."""
-    total = 1 + 2 * rounds
+    """A progress line per round, and one for the prompts that are only answered."""
 
     def title(done: Any) -> str:
-        number = 1 if done.role == "initial" else 2 * done.round + (0 if done.role == "critique" else 1)
-        name = {"initial": "answers", "critique": "critiques", "revision": "revisions"}[done.role]
-        return f"{number}/{total} {name}" + (f", round {done.round}" if done.round else "")
+        if done.role == "initial":
+            return "answers that are not revised"
+        texts = "answers, critiques, revisions" if done.round == 1 else "critiques, revisions"
+        return f"round {done.round} of {rounds}: {texts}"
 
     return progress(job, title)
 

@@ -5,6 +5,7 @@ random state, the same draws. P different prompts, B rows, T tokens, V vocabular
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from transformers import (
 )
 from transformers.cache_utils import DynamicLayer
 
+from stagekit.kept import Kept, prefill
 from stagekit.requests import Sampling
 
 
@@ -44,6 +46,8 @@ def decode(
     eos: set[int],
     pad: int,
     on_token: OnToken | None = None,
+    kept: Kept | None = None,
+    names: Sequence[str] = (),
 ) -> list[list[int]]:
     """The tokens that the model writes after each prompt, EOS included where there is one.
 
@@ -54,42 +58,105 @@ def decode(
         prompts: token ids of each row's prompt.
         limits: most new tokens of each row.
         on_token: called after every token with the number of rows, of tokens so far and of tokens at most.
+        kept: what earlier turns read, for a model that `kept.can_keep`; what this one reads is kept there too.
+        names: with `kept`, each row's conversation; a row without a name is not kept.
     """
-    device = next(model.parameters()).device
-    distinct = list(dict.fromkeys(map(tuple, prompts)))
-    places = {prompt: place for place, prompt in enumerate(distinct)}
-    reader, most = _Reader(model), max(limits)
-    cache, mask, logits = _prefill(reader, distinct, pad, device)
-    width, positions = mask.shape[1], mask.sum(-1)
-    shared = torch.tensor([places[tuple(prompt)] for prompt in prompts], device=device)
-    if len(distinct) < len(prompts):
-        cache.batch_select_indices(shared)
-    mask = torch.cat([mask[shared], mask.new_ones(len(prompts), most)], dim=1)  # read up to the token that is next
-    positions, logits = positions[shared], logits[shared]
-    draw = _drawer(sampling, len(prompts), device)
+    batch, logits = _start(_Reader(model), prompts, max(limits), pad, kept, names)
+    draw = _drawer(sampling, len(prompts), logits.device)
     written: list[list[int]] = [[] for _ in prompts]
-    rows = list(range(len(prompts)))  # those in the cache, by their places in the batch
-    active = set(rows)
-    for step in range(1, most + 1):
-        tokens = draw(logits, rows)
-        for row, token in zip(rows, tokens.tolist(), strict=True):
+    active = set(batch.rows)
+    for step in range(1, max(limits) + 1):
+        tokens = draw(logits, batch.rows)
+        for row, token in zip(batch.rows, tokens.tolist(), strict=True):
             if row in active:
                 written[row].append(token)
                 if token in eos or len(written[row]) == limits[row]:
                     active.discard(row)
         if on_token is not None:
-            on_token(len(prompts), step, most)
-        if not active:
-            break
-        if (len(rows) - len(active)) * LEAVING >= len(rows):
-            keep = [place for place, row in enumerate(rows) if row in active]
-            kept = torch.tensor(keep, device=device)
-            cache.batch_select_indices(kept)
-            mask, positions, tokens = mask[kept], positions[kept], tokens[kept]
-            rows = [rows[place] for place in keep]
-        logits = reader.read(tokens[:, None], mask[:, : width + step], positions[:, None], cache)
-        positions = positions + 1
+            on_token(len(prompts), step, max(limits))
+        gone = [place for place, row in enumerate(batch.rows) if row not in active]
+        if gone and (not active or len(gone) * LEAVING >= len(batch.rows)):
+            if kept is not None:
+                _keep(kept, names, batch, gone, prompts, written)
+            if not active:
+                break
+            tokens = batch.without(set(gone), tokens)
+        logits = batch.read(tokens, step)
     return written
+
+
+@dataclass
+class _Batch:
+    """The rows in the cache, by their places in the caller's order: what is read of them, left-padded to `width`.
+
+    `mask` (B, width + most) has room for all new tokens; `positions` (B,) are those of the next ones.
+    """
+
+    reader: "_Reader"
+    cache: DynamicCache
+    mask: torch.Tensor
+    positions: torch.Tensor
+    width: int
+    rows: list[int]
+
+    def read(self, tokens: torch.Tensor, step: int) -> torch.Tensor:
+        """Read the new tokens (B,) number `step`: the logits (B, V) of the next."""
+        mask = self.mask[:, : self.width + step]
+        logits = self.reader.read(tokens[:, None], mask, self.positions[:, None], self.cache)
+        self.positions = self.positions + 1
+        return logits
+
+    def without(self, gone: set[int], tokens: torch.Tensor) -> torch.Tensor:
+        """Take rows, by their places here, out of the cache; returns the tokens (B,) of the others."""
+        staying = [place for place in range(len(self.rows)) if place not in gone]
+        chosen = torch.tensor(staying, device=tokens.device)
+        self.cache.batch_select_indices(chosen)
+        self.mask, self.positions = self.mask[chosen], self.positions[chosen]
+        self.rows = [self.rows[place] for place in staying]
+        return tokens[chosen]
+
+
+def _keep(
+    kept: Kept,
+    names: Sequence[str],
+    batch: _Batch,
+    places: Sequence[int],
+    prompts: Sequence[Sequence[int]],
+    written: Sequence[Sequence[int]],
+) -> None:
+    """Keep what was read of the rows at these places of the batch; the last token of each was drawn and not read."""
+    for place in places:
+        row = batch.rows[place]
+        if names[row]:
+            start = batch.width - len(prompts[row])
+            kept.keep(names[row], [*prompts[row], *written[row][:-1]], batch.cache, place, start)
+
+
+def _start(
+    reader: "_Reader",
+    prompts: Sequence[Sequence[int]],
+    most: int,
+    pad: int,
+    kept: Kept | None,
+    names: Sequence[str],
+) -> tuple[_Batch, torch.Tensor]:
+    """Read the prompts, equal ones once: the batch, and the logits (B, V) of its first new tokens."""
+    device = next(reader.model.parameters()).device
+    distinct = list(dict.fromkeys(map(tuple, prompts)))
+    places = {prompt: place for place, prompt in enumerate(distinct)}
+    if kept is None:
+        cache, mask, logits = _prefill(reader, distinct, pad, device)
+    else:
+        name_of = dict(zip(map(tuple, prompts), names, strict=True))
+        known = [kept.take(name_of[prompt]) for prompt in distinct]
+        cache, mask, logits = prefill(reader.go_on, reader.new_cache, distinct, known, pad, device)
+    positions, width = mask.sum(-1), mask.shape[1]
+    shared = torch.tensor([places[tuple(prompt)] for prompt in prompts], device=device)
+    if len(distinct) < len(prompts):
+        cache.batch_select_indices(shared)
+    mask = torch.cat([mask[shared], mask.new_ones(len(prompts), most)], dim=1)  # read up to the token that is next
+    batch = _Batch(reader, cache, mask, positions[shared], width, list(range(len(prompts))))
+    return batch, logits[shared]
 
 
 class _Reader:
@@ -116,6 +183,17 @@ class _Reader:
         logits: torch.Tensor = output.logits[:, -1].float()
         return logits
 
+    def go_on(self, ids: torch.Tensor, mask: torch.Tensor, cache: DynamicCache) -> torch.Tensor:
+        """The same, at the positions that follow from the mask (B, cached + T) of left-padded rows."""
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        return self.read(ids, mask, positions[:, -ids.shape[1] :], cache)
+
+    def new_cache(self) -> DynamicCache:
+        """An empty cache for the model."""
+        cache = DynamicCache(config=self.config)
+        cache.layers = [_GrowingLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+        return cache
+
 
 def _prefill(
     reader: _Reader, prompts: Sequence[Sequence[int]], pad: int, device: torch.device
@@ -124,9 +202,8 @@ def _prefill(
     width = max(map(len, prompts))
     ids = torch.tensor([[pad] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=device)
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
-    cache = DynamicCache(config=reader.config)
-    cache.layers = [_GrowingLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
-    return cache, mask, reader.read(ids, mask, (mask.cumsum(-1) - 1).clamp(min=0), cache)
+    cache = reader.new_cache()
+    return cache, mask, reader.go_on(ids, mask, cache)
 
 
 def _drawer(sampling: Sampling, rows: int, device: torch.device) -> Callable[[torch.Tensor, list[int]], torch.Tensor]:

@@ -63,8 +63,8 @@ def digests(pipeline: "TrainingPipeline", processes: int = 1) -> dict[str, str |
 def _declared(stage: "TrainingStage") -> dict[str, Any]:
     silent = _SAYS_NOTHING - stage.method.reads
     plain = stage.model_dump(mode="python", exclude={*silent, "training_data", "validation_data", "model"})
-    for option in ("critique_model", "teacher"):
-        plain["method"].pop(option, None)
+    for path, _ in models_of(stage):
+        plain["method"].pop(path.removeprefix(f"{stage.path}.method."), None)
     rewards = [reward for _, reward in rewards_of(stage)]
     if rewards:
         plain["method"]["reward"] = [{"weight": one.weight, "options": dict(one.options)} for one in rewards]

@@ -6,7 +6,15 @@ from typing import TYPE_CHECKING, Any
 
 from stagekit.constitution import _said
 from stagekit.errors import ConfigError, StageError
-from stagekit.generating import free_memory, generator_for, heartbeat, open_journal, progress
+from stagekit.generating import (
+    free_memory,
+    generator_for,
+    heartbeat,
+    note_prompts,
+    open_journal,
+    progress,
+    template_mark,
+)
 from stagekit.groups import Generation
 from stagekit.job import Job
 
@@ -43,6 +51,7 @@ def prepare(job: Job, teacher: Any, quantization: Any) -> Job:
         )
     generation = job.stage.generation or Generation()
     prompts = cai.prompts_from(job.train_dataset, revise=False)
+    note_prompts(job, (prompt.messages for prompt in prompts))
     arguments: dict[str, Any] = {
         "policy": _teacher(job, teacher, quantization, generation),
         "rounds": ROUNDS,
@@ -82,22 +91,24 @@ def _why_not(trace: "Trace") -> str | None:
     return "truncated" if trace.initial.truncated else None
 
 
-def _teacher(job: Job, teacher: Any, quantization: Any, generation: Generation) -> "Generator":
-    """Who writes: the teacher in its own dtype, or the function that stands in for it."""
+def _teacher(
+    job: Job, teacher: Any, quantization: Any, generation: Generation, chat_template: str | None = None
+) -> "Generator":
+    """Who writes: the teacher in its own dtype, with its own template unless another is given; or the function that
+    stands in for it."""
     if generation.backend != "transformers":
         return generator_for(job, teacher if isinstance(teacher, str) else None, generation)
-    import torch
-
     from stagekit.generation import TransformersGenerator, weights_fingerprint
-    from stagekit.models import load_policy, load_tokenizer, model_fingerprint
+    from stagekit.models import device_map, load_policy, load_tokenizer, model_fingerprint
     from stagekit.requests import Sampling
 
     sampling = Sampling(generation.temperature, generation.top_p, generation.top_k, generation.batch_tokens)
     if isinstance(teacher, str):
-        device_map = "auto" if torch.cuda.is_available() else None
-        loaded = load_policy(teacher, dtype="auto", quantization=quantization, device_map=device_map)
+        loaded = load_policy(teacher, dtype="auto", quantization=quantization, device_map=device_map())
         name, identity = teacher, model_fingerprint(teacher)
     else:
         loaded, name, identity = teacher, teacher.name_or_path, weights_fingerprint(teacher)
-    fingerprint = f"{identity} {loaded.dtype} {quantization is not None} {sampling}"
-    return TransformersGenerator(loaded, load_tokenizer(name), sampling, fingerprint, on_token=heartbeat(job))
+    tokenizer = load_tokenizer(name, chat_template)
+    template = template_mark(chat_template, tokenizer)
+    fingerprint = f"{identity} {loaded.dtype} {quantization is not None} {sampling}{template}"
+    return TransformersGenerator(loaded, tokenizer, sampling, fingerprint, on_token=heartbeat(job))

@@ -51,7 +51,8 @@ def count_processes(pipeline: "TrainingPipeline", wanted: int | None = None, iso
         isolate: Whether stages run in children, which can be started as often as a stage says.
 
     Raises:
-        ConfigError: what the stages declare is not what is live or can be started; names each of them.
+        ConfigError: what the stages declare is not what is live or can be started, or their sizes do not divide over
+            so many; names each of them.
     """
     live, stages = live_processes(), [stage for stage in pipeline.stages if stage.enabled]
     problems = list(_differences(stages, live, isolate))
@@ -65,7 +66,16 @@ def count_processes(pipeline: "TrainingPipeline", wanted: int | None = None, iso
                 "--num-processes: has no effect: no stage splits its work; set distributed_strategy: ddp in one"
             )
         return 1
-    return live if live > 1 else _count_to_start(wanted)
+    count = live if live > 1 else _count_to_start(wanted)
+    problems = [
+        Problem(f"{stage.path}.{one.path}", one.message)
+        for stage in stages
+        if splits(stage)
+        for one in stage.method.problems_of_sizes(stage, count)
+    ]
+    if problems:
+        raise ConfigError(problems)
+    return count
 
 
 def _differences(stages: "Iterable[TrainingStage]", live: int, isolate: bool) -> Iterable[Problem]:

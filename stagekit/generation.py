@@ -1,7 +1,7 @@
 """Text generation with a transformers model, in left-padded batches, leaving no trace on the model or on the RNG."""
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -10,7 +10,12 @@ from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaLis
 
 from stagekit.decoding import can_decode, decode
 from stagekit.errors import ConfigError
+from stagekit.kept import Kept, can_keep
 from stagekit.requests import Completion, FinishReason, Message, Request, Sampling
+
+
+LAID_OUT = 512
+"""Conversations whose tokens are remembered: a length is asked for before a text is, and laying out costs time."""
 
 
 class TransformersGenerator:
@@ -52,11 +57,13 @@ class TransformersGenerator:
         self.autocast_dtype = autocast_dtype
         self.on_token = on_token
         self.templated = templated
+        self._kept: Kept | None = None
+        self._laid_out: dict[Hashable, list[int]] = {}
         self.context_length: int | None = getattr(model.config, "max_position_embeddings", None)
 
     def prompt_length(self, messages: Sequence[Message]) -> int:
         """How many tokens `messages` take, with the generation prompt."""
-        return len(self.prompt_ids(messages))
+        return len(self._known_ids(messages))
 
     def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
         """The token ids that the model is asked to go on from."""
@@ -67,6 +74,18 @@ class TransformersGenerator:
             list(messages), tokenize=True, add_generation_prompt=True, return_dict=True
         )
         return list(encoded["input_ids"])
+
+    @contextmanager
+    def remembering(self) -> Iterator[None]:
+        """While this is open, what was read of a conversation stays in memory and is not read again.
+
+        A model whose cache cannot be cut (a sliding window, a state) reads each turn as a whole.
+        """
+        self._kept = Kept() if can_decode(self.model) and can_keep(self.model) else None
+        try:
+            yield
+        finally:
+            self._kept = None
 
     def generate(self, requests: Sequence[Request], seed: int) -> list[Completion]:
         """Answer one batch, in the order of the requests; each row is cut at its own `max_new_tokens`."""
@@ -79,7 +98,15 @@ class TransformersGenerator:
         with torch.no_grad(), _seeded(seed), self._autocast(device), generating(self.model, config):
             if can_decode(self.model):
                 rows = decode(
-                    self.model, prompts, limits, sampling=self.sampling, eos=eos, pad=pad, on_token=self.on_token
+                    self.model,
+                    prompts,
+                    limits,
+                    sampling=self.sampling,
+                    eos=eos,
+                    pad=pad,
+                    on_token=self.on_token,
+                    kept=self._kept,
+                    names=[request.conversation for request in requests],
                 )
             else:
                 rows = self._generate_plainly(prompts, config, device)
@@ -92,8 +119,17 @@ class TransformersGenerator:
         known: dict[int, list[int]] = {}
         for request in requests:
             if id(request.messages) not in known:
-                known[id(request.messages)] = self.prompt_ids(request.messages)
+                known[id(request.messages)] = self._known_ids(request.messages)
         return [known[id(request.messages)] for request in requests]
+
+    def _known_ids(self, messages: Sequence[Message]) -> list[int]:
+        """`prompt_ids`, laid out once for the same messages and template while it is among the last ones."""
+        key = (self.tokenizer.chat_template, *(tuple(message.items()) for message in messages))
+        if key not in self._laid_out:
+            if len(self._laid_out) == LAID_OUT:
+                del self._laid_out[next(iter(self._laid_out))]
+            self._laid_out[key] = self.prompt_ids(messages)
+        return self._laid_out[key]
 
     def _generate_plainly(
         self, prompts: Sequence[Sequence[int]], config: GenerationConfig, device: torch.device

@@ -73,6 +73,23 @@ Scorer = Annotated[
 """What scores answers: a reward model by its name, or a function."""
 
 
+def _judge(value: Any) -> Any:
+    if is_server(value):
+        return value
+    if isinstance(value, str) and ":" in value and not value.startswith(("stage:", "package:")):
+        return check_function(value)
+    return _scorer(value)
+
+
+Judge = Annotated[
+    Any,
+    BeforeValidator(_judge),
+    PlainSerializer(lambda value: function_name(value) if callable(value) else value),
+    WithJsonSchema({"type": ["string", "null"]}),
+]
+"""Who compares responses: a model by its name, a server, or a function."""
+
+
 def _source(value: Any) -> Any:
     if isinstance(value, Path):
         return str(value)
@@ -324,13 +341,25 @@ class Generation(Options):
     model (scripted, for tests)."""
 
 
-VERIFIERS = ("exact", "numeric", "regex", "json_schema", "format")
+VERIFIERS = ("exact", "numeric", "maths", "regex", "json_schema", "format", "python_tests")
 """Rewards of `stagekit.verifiers` that can be named alone."""
+
+TRL_REWARDS = (
+    "accuracy_reward",
+    "reasoning_accuracy_reward",
+    "think_format_reward",
+    "get_cosine_scaled_reward",
+    "get_repetition_penalty_reward",
+    "get_soft_overlong_punishment",
+)
+"""Rewards of `trl.rewards` that can be named alone; for `get_`, the options are what it makes a reward of."""
 
 
 def _reward_source(value: Any) -> Any:
     if isinstance(value, str) and value in VERIFIERS:
         return f"stagekit.verifiers:{value}"
+    if isinstance(value, str) and value in TRL_REWARDS:
+        return f"trl.rewards:{value}"
     misspelt = isinstance(value, str) and ":" in value and not value.startswith(("stage:", "package:"))
     if is_function(value) or misspelt:
         return check_function(value)
@@ -344,7 +373,8 @@ class RewardSource(Options):
 
     source: Annotated[Any, BeforeValidator(_reward_source), WithJsonSchema({"type": "string"})]
     """`stage:NAME` (a reward or process_reward stage), a reward model's folder or hub id, a function as
-    `package.module:function`, a verifier's name (exact, numeric, regex, json_schema, format), or a live one."""
+    `package.module:function`, a verifier's name (exact, numeric, maths, regex, json_schema, format, python_tests), the
+    name of one of TRL's (accuracy_reward, think_format_reward, get_soft_overlong_punishment, ...), or a live one."""
 
     weight: float = 1.0
     """Rewards are multiplied by their weights and summed."""

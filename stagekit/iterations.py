@@ -9,9 +9,11 @@ import gc
 import json
 import shutil
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from stagekit import ranks
 from stagekit.errors import Interrupted, StageError
 from stagekit.files import write_text
 from stagekit.job import Job, ModelInput, Outcome
@@ -42,13 +44,13 @@ def run_iterations(job: Job, count: int, prepare: Prepare, measure: Measure | No
     for number in range(1, count + 1):
         last = number == count
         folder = job.folder if last else job.folder / f"iteration-{number}"
-        outcome = None if last else _finished(folder, model)
+        outcome = None if last else ranks.once(partial(_finished, folder, model))
         if outcome is None:
             if count > 1:
                 job.show.line(f"  iteration {number} of {count}")
             outcome = _iterate(dataclasses.replace(job, folder=folder, model=model), number, prepare, measure)
             if not last and not outcome.stopped:
-                _keep(folder, model, outcome)
+                ranks.once(partial(_keep, folder, outcome))
         done.append(outcome)
         if outcome.stopped:
             return _together(job, folder, done)
@@ -62,7 +64,7 @@ def _iterate(job: Job, number: int, prepare: Prepare, measure: Measure | None) -
 
     job.folder.mkdir(exist_ok=True)
     prepared = prepare(job, number)
-    if job.stop():
+    if ranks.largest(job.stop()):
         raise Interrupted(f"stage {job.stage.name!r} stopped before training in iteration {number}")
     outcome = train(prepared)
     gc.collect()
@@ -91,7 +93,7 @@ def _finished(folder: Path, model: ModelInput) -> Outcome | None:
     return Outcome(**json_object(ended)) if ended.is_file() else None
 
 
-def _keep(folder: Path, model: ModelInput, outcome: Outcome) -> None:
+def _keep(folder: Path, outcome: Outcome) -> None:
     """Mark an iteration as done; its checkpoints are no longer needed."""
     write_text(folder / "outcome.json", json.dumps(dataclasses.asdict(outcome), indent=2) + "\n")
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)

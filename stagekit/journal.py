@@ -23,13 +23,24 @@ from stagekit.errors import StageError
 
 FORMAT = 1
 
+TEXTS = ("instructions.jsonl", "journal.jsonl", "judgements.jsonl", "validation.jsonl")
+"""The journals of texts that a stage's folder may have: the instructions that synthetic data begin with, the texts of
+all other kinds, what a judge says of them, and the answers to validation data."""
+
+PROMPTS = "prompts.jsonl"
+"""Beside them: what was asked, by the `prompt_id` of the records."""
+
+JOURNALS = (*TEXTS, "scores.jsonl")
+"""And the rewards of the texts. What they hold is used again where a stage of other settings would write the same."""
+
 Record = Mapping[str, Any]
 
 _HEAD = b'{"type": "meta"'
 
 
 class Journal:
-    """Records of finished batches, by key and in the file's order: `Journal.open` to write, `Journal.read` to look."""
+    """Records of finished batches, by key and in the file's order: `Journal.open` to write, `Journal.read` to look,
+    `Journal.follow` beside a process that writes."""
 
     def __init__(self, path: Path, digest: str) -> None:
         """An empty journal without a file; `open` and `read` fill it. An empty `digest` takes that of the file."""
@@ -40,6 +51,7 @@ class Journal:
         self._records: dict[str, Record] = {}
         self._batches: dict[str, float] = {}
         self._file: BinaryIO | None = None
+        self._follows = False
 
     @classmethod
     def open(cls, path: str | Path, digest: str, meta: Mapping[str, Any] | None = None) -> Self:
@@ -66,6 +78,18 @@ class Journal:
         if good == 0:
             journal.info = dict(meta or {})
             journal._write([{"type": "meta", "format": FORMAT, "digest": digest, "info": journal.info}])
+        return journal
+
+    @classmethod
+    def follow(cls, path: str | Path, digest: str) -> Self:
+        """What `open` gave in another process, which writes the file: what is appended here is only remembered.
+
+        Raises:
+            StageError: as `open`.
+        """
+        journal = cls(Path(path), digest)
+        journal._load(journal.path.read_bytes())
+        journal._follows = True
         return journal
 
     @classmethod
@@ -133,6 +157,8 @@ class Journal:
         self.close()
 
     def _write(self, lines: Sequence[Mapping[str, Any]]) -> None:
+        if self._follows:
+            return
         assert self._file is not None, f"the journal {self.path} is closed"
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
         self._file.write(text.encode("utf-8", "surrogatepass"))

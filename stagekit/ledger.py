@@ -281,7 +281,7 @@ def _order_of_rows(stage: "TrainingStage") -> Iterable[Problem]:
         yield Problem("max_training_samples", "has no effect without training_data")
     if stage.method.trains:
         return
-    untouched = "the function gets every row, in the order of the data"
+    untouched = "every row is read, in the order of the data"
     if "shuffle_data" in given and stage.max_training_samples is None:
         yield Problem("shuffle_data", f"has no effect without max_training_samples: {untouched}")
     if "data_shuffle_seed" in given and stage.max_training_samples is None and not named:

@@ -18,6 +18,7 @@ from peft import LoraConfig, PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from stagekit.convert import cache_folder, converted
+from stagekit.distributed import live_processes
 from stagekit.errors import ConfigError, Problem, StageError
 from stagekit.files import whole_folder
 from stagekit.rows import json_object
@@ -133,6 +134,14 @@ def adapter_base(path: str | Path) -> str | None:
     if not isinstance(base, str) or not base:
         raise StageError(f"{config} names no base model (base_model_name_or_path is {base!r}); write it there")
     return base
+
+
+def device_map() -> str | dict[str, int] | None:
+    """Where a model is loaded to, as transformers takes it: over all GPUs, or whole on that of the process where each
+    process of a launch has one; None without a GPU."""
+    if not torch.cuda.is_available():
+        return None
+    return {"": torch.cuda.current_device()} if live_processes() > 1 else "auto"
 
 
 def load_policy(

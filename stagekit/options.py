@@ -182,16 +182,20 @@ def problems_of(error: ValidationError, cls: type[BaseModel], given: Any) -> lis
             message = unknown(str(key), owner)
         elif kind == "missing":
             message = "missing; it has no default"
-        elif kind in {"stagekit", "function"}:
-            message = line["msg"]
         else:
-            message = f"{_rule(kind, line['msg'])}, not {shown(line['input'])}" + _meant(
-                kind, line["msg"], line["input"]
-            )
+            message = message_of(line)
         problem = Problem(path, message)
         if problem not in found:
             found.append(problem)
     return found
+
+
+def message_of(line: Mapping[str, Any]) -> str:
+    """What to say of one line of a ValidationError about a value."""
+    kind = line["type"].removeprefix("pydantic:")
+    if kind in {"stagekit", "function"}:
+        return str(line["msg"])
+    return f"{_rule(kind, line['msg'])}, not {shown(line['input'])}" + _meant(kind, line["msg"], line["input"])
 
 
 _RULES = {

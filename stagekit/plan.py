@@ -98,7 +98,8 @@ def _rows_to_train(stage: "TrainingStage", data: Mapping[str, dict[str, Any]]) -
         path.removeprefix(prefix).lstrip("."): entry["rows"] for path, entry in data.items() if path.startswith(prefix)
     }
     if not counts or any(count is None for count in counts.values()):
-        return {"read": None, "trained": None}
+        of_no_data = {} if stage.method.needs_data else dict(stage.method.rows_made(0, {})[1])
+        return {"read": None, "trained": None, **({"made": of_no_data} if of_no_data else {})}
     shares = {name: count for name, count in counts.items() if name}
     if shares and stage.data_mixing_ratios:
         from stagekit.mixing import mixing_counts
@@ -115,7 +116,8 @@ def _rows_to_train(stage: "TrainingStage", data: Mapping[str, dict[str, Any]]) -
 def _of_several(stage: "TrainingStage", count: int) -> Iterator[str]:
     if count > 1:
         rows = count * stage.batch_size * stage.gradient_accumulation_steps
-        yield f"{count} processes of batch_size {stage.batch_size}: an optimiser step takes {rows} rows"
+        of = stage.method.batches_of
+        yield f"{count} processes of batch_size {stage.batch_size}: an optimiser step takes {rows} {of}"
 
 
 def _steps(stage: "TrainingStage", rows: Mapping[str, Any], processes: int) -> int | None:

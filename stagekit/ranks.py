@@ -30,6 +30,11 @@ def rank() -> int:
     return int(os.environ["RANK"]) if live_processes() > 1 else 0
 
 
+def processes() -> int:
+    """How many processes agree here: those of the launch, once this one has joined it."""
+    return live_processes() if _joined else 1
+
+
 def join(on_cpu: bool, timeout_seconds: int | None = None) -> None:
     """Take part in the launch that is live: meet the other processes. Nothing outside of a launch, or the second time.
 
@@ -82,6 +87,17 @@ def tell(value: Any = None) -> Any:
     said = [value if rank() == 0 else None]
     torch.distributed.broadcast_object_list(said, src=0, group=_joined[0])
     return said[0]
+
+
+def all_told(mine: T) -> list[T]:
+    """What each process says, by rank; in every process. It is pickled on its way."""
+    if not _joined:
+        return [mine]
+    import torch
+
+    told: list[Any] = [None] * processes()
+    torch.distributed.all_gather_object(told, mine, group=_joined[0])
+    return told
 
 
 def once(function: Callable[[], T]) -> T:

@@ -5,12 +5,14 @@ import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from stagekit import trl_rewards
 from stagekit.custom import resolve
 from stagekit.errors import StageError
-from stagekit.generating import free_memory, generator_for, open_journal, progress, write_datasets
+from stagekit.generating import free_memory, generator_for, note_prompts, open_journal, progress, write_datasets
 from stagekit.groups import Generation, RewardSource, is_function
 from stagekit.iterations import run_iterations
 from stagekit.job import Job, Outcome
+from stagekit.rewards import function_of
 from stagekit.scorers import FunctionScorer, ModelScorer, Scorer, WeightedScorer, free, scorer_from
 
 
@@ -59,6 +61,8 @@ def scorer_for(job: Job, rewards: Sequence[RewardSource], where: str) -> Scorer:
 def _scorer(job: Job, reward: RewardSource, where: str) -> Scorer:
     source = reward.source
     if is_function(source):
+        if isinstance(source, str) and source.startswith(f"{trl_rewards.MODULE}:"):
+            return FunctionScorer(function_of(reward, resolve(source)))
         return FunctionScorer(resolve(source), reward.options)
     if not isinstance(source, str) or not source.startswith("stage:"):
         return scorer_from(source)
@@ -96,6 +100,7 @@ def _sampled(
     from stagekit.trainers import sampling
 
     prompts = sampling.prompts_from(rows, f"{job.stage.path}.{where}")
+    note_prompts(job, (prompt.messages for prompt in prompts))
     generation = job.stage.generation or Generation()
     scorer = scorer_for(job, method.reward, f"{job.stage.path}.method.reward")
     plan: dict[str, Any] = {

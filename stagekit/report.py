@@ -7,6 +7,7 @@ from typing import Any
 from stagekit import audit
 from stagekit.adapters import METHODS
 from stagekit.errors import ConfigError
+from stagekit.journal import TEXTS
 from stagekit.parse import read
 from stagekit.result import PipelineResult, StageResult
 from stagekit.runner import stage_folder
@@ -56,7 +57,7 @@ def status(folder: Path, samples: int = 0) -> dict[str, Any]:
             )
         elif path.is_dir():
             entry["status"] = "begun"
-        if samples > 0 and (path / "journal.jsonl").is_file():
+        if samples > 0 and audit.places(path):
             entry.update(samples=audit.samples(path, samples), principles=audit.principles(path))
         stages.append(entry)
     return {"name": declared.get("name", "pipeline"), "folder": str(folder), "stages": stages}
@@ -65,13 +66,17 @@ def status(folder: Path, samples: int = 0) -> dict[str, Any]:
 def _progress(path: Path) -> dict[str, int]:
     """Texts in the journal, and the last step that was logged."""
     found = {}
-    journal, metrics = path / "journal.jsonl", path / "metrics.jsonl"
-    if journal.is_file():
-        with journal.open("rb") as lines_of_journal:
-            found["texts"] = sum(1 for line in lines_of_journal if line.startswith(b'{"type": "record"'))
+    journals, metrics = [path / name for name in TEXTS if (path / name).is_file()], path / "metrics.jsonl"
+    if journals:
+        found["texts"] = sum(map(_records_in, journals))
     if metrics.is_file() and (lines := metrics.read_text(encoding="utf-8").splitlines()):
         found["step"] = int(json.loads(lines[-1]).get("step", 0))
     return found
+
+
+def _records_in(journal: Path) -> int:
+    with journal.open("rb") as lines:
+        return sum(1 for line in lines if line.startswith(b'{"type": "record"'))
 
 
 def show_status(folder: Path, samples: int = 0) -> None:
@@ -98,15 +103,25 @@ def _show_texts(show: Show, stage: dict[str, Any]) -> None:
         if text["prompt"] != before:
             show.line()
             show.sample(f"{stage['name']}: {text['prompt']}", {})
-        told = [text["finish_reason"], f"{text['tokens']} tokens", text["principle"]]
+        told = [text["finish_reason"], f"{text['tokens']} tokens", text["principle"], text["topic"]]
+        told += ["says the same as before"] if text["changed"] is False else []
+        told += [f"dropped: {text['drop']}"] if text["drop"] else []
         told += [f"reward {text['reward']:.4g}"] if text["reward"] is not None else []
-        show.sample(f"  {text['role']} {text['round']}", {", ".join(one for one in told if one): text["text"]})
-    rows = [
-        (name, str(one["revisions"]), f"{one['changed']:.0%}") for name, one in stage.get("principles", {}).items()
-    ]
-    if rows:
+        told += [f"probability {text['probability']:.2f}"] if text["probability"] is not None else []
+        asked = {"asked": text["request"]} if text["request"] else {}
+        said = {", ".join(one for one in told if one): text["text"]}
+        show.sample(f"  {text['role']} {text['round']}", {**asked, **said})
+    table = stage.get("principles", {})
+    if table:
+        names = list(dict.fromkeys(name for one in table.values() for name in one))
+        rows = [(name, *(_cell(one.get(column)) for column in names)) for name, one in table.items()]
         show.line()
-        show.table(f"{stage['name']}: what each principle did", ("principle", "revisions", "changed the answer"), rows)
+        show.table(f"{stage['name']}: what each principle did", ("principle", *names), rows)
+
+
+def _cell(value: float | None) -> str:
+    """A count as it is, a share in per cent."""
+    return "" if value is None else str(value) if isinstance(value, int) else f"{value:.0%}"
 
 
 def show_end(result: PipelineResult) -> None:

@@ -1,7 +1,8 @@
 """What is asked of a generator, what it answers, and how requests are put into batches. Imports no torch."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass, field
 from typing import Literal, Protocol, runtime_checkable
 
 
@@ -11,11 +12,15 @@ FinishReason = Literal["stop", "length", "error"]
 
 @dataclass(frozen=True)
 class Request:
-    """One text wanted: the answer to `messages`, of at most `max_new_tokens`. `key` names it in plan and journal."""
+    """One text wanted: the answer to `messages`, of at most `max_new_tokens`. `key` names it in plan and journal.
+
+    `conversation` names that of which it is a turn, for generators that are `remembering`.
+    """
 
     key: str
     messages: tuple[Message, ...]
     max_new_tokens: int
+    conversation: str = field(default="", kw_only=True)
 
 
 @dataclass(frozen=True)
@@ -70,6 +75,28 @@ class Generator(Protocol):
 
     def generate(self, requests: Sequence[Request], seed: int) -> list[Completion]:
         """Answer one batch, in the order of the requests. The same batch and seed give the same answers."""
+
+
+@runtime_checkable
+class Remembers(Protocol):
+    """A generator that can keep what it has read of a conversation."""
+
+    def remembering(self) -> AbstractContextManager[None]:
+        """While this is open, a request whose `conversation` was gone on with before reads only what is new in it."""
+
+
+@contextmanager
+def remembering(*generators: Generator) -> Iterator[None]:
+    """The turns of a batch of conversations: while this is open, generators that can do not read anything twice.
+
+    The others answer turn by turn. All is forgotten at the end. A resumed run writes the same texts where the same
+    requests are asked in the same order from opening to closing: in other batches, numbers differ in the last bits.
+    """
+    with ExitStack() as stack:
+        for generator in {id(one): one for one in generators}.values():
+            if isinstance(generator, Remembers):
+                stack.enter_context(generator.remembering())
+        yield
 
 
 class ScriptedGenerator:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from stagekit import trl_rewards
 from stagekit.errors import ConfigError, StageError, StagekitError
 from stagekit.groups import RewardSource, is_function
 
@@ -196,13 +197,25 @@ def reward_of(declared: RewardSource, place: Any) -> Watched:
         place: The function, or the folder of the reward model, or the live model.
     """
     if is_function(place):
-        watched = as_reward(with_options(place, declared.options) if declared.options else place)
+        watched = as_reward(function_of(declared, place))
         watched.__name__ = declared.name or watched.__name__
         return watched
     stage = str(declared.source).removeprefix("stage:")
     name = declared.name or (stage if stage != str(declared.source) else None)
     process = isinstance(place, str) and _gives(place, "ForTokenClassification", "TOKEN_CLS")
     return Watched(ProcessReward(place, name=name) if process else ModelReward(place, name=name))
+
+
+def function_of(declared: RewardSource, function: RewardFunction) -> RewardFunction:
+    """A declared function with its options; one of TRL's takes completions in either form, too.
+
+    Raises:
+        ConfigError: the function has no such option.
+    """
+    module, _, name = str(declared.source).partition(":")
+    if isinstance(declared.source, str) and module == trl_rewards.MODULE:
+        return trl_rewards.made(name, function, declared.options)
+    return with_options(function, declared.options) if declared.options else function
 
 
 def with_options(function: RewardFunction, options: Mapping[str, Any]) -> RewardFunction:

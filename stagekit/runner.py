@@ -319,7 +319,9 @@ def _datasets_in(task: Task) -> tuple[Any, Any]:
         if stage.max_training_samples is not None:
             train = take(train, min(stage.max_training_samples, len(train)), seed if stage.shuffle_data else None)
         if stage.method.columns:
-            check_columns(train, stage.method.columns, f"{stage.path}.training_data")
+            check_columns(train, stage.method.wanted_columns(), f"{stage.path}.training_data")
+    if evaluation is not None and stage.method.validation_columns is not None:
+        check_columns(evaluation, stage.method.validation_columns, f"{stage.path}.validation_data")
     return train, evaluation
 
 

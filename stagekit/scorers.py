@@ -120,13 +120,11 @@ class ModelScorer:
         self, prompts: Sequence[Prompt], completions: Sequence[str], columns: Mapping[str, Sequence[Any]]
     ) -> list[float | None]:
         """Scores in length-sorted batches; the columns play no part."""
-        import torch
-
         from stagekit import reward_models
+        from stagekit.models import device_map
 
         if self._loaded is None:
-            device_map = "auto" if torch.cuda.is_available() else None
-            self._loaded = reward_models.load_reward_model(self.path, device_map=device_map)
+            self._loaded = reward_models.load_reward_model(self.path, device_map=device_map())
         model, tokenizer = self._loaded
         answers = [[{"role": "assistant", "content": text}] for text in completions]
         given = reward_models.score(model, tokenizer, prompts, answers, batch_tokens=self.batch_tokens)

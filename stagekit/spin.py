@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from stagekit.generating import free_memory, generator_for, open_journal, progress, write_datasets
+from stagekit.generating import free_memory, generator_for, note_prompts, open_journal, progress, write_datasets
 from stagekit.groups import Generation
 from stagekit.iterations import run_iterations
 from stagekit.job import Job, Outcome
@@ -35,6 +35,7 @@ def _sampled(own: Job, number: int, method: "SelfPlay", data: Any, where: str, j
     from stagekit.trainers import sampling, self_play
 
     prompts = sampling.prompts_from(data, where)
+    note_prompts(own, (prompt.messages for prompt in prompts))
     answers = self_play.real_answers(data, where)
     generation = (own.stage.generation or Generation()).model_copy(update={"temperature": method.temperature})
     plan: dict[str, Any] = {

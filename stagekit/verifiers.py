@@ -1,18 +1,26 @@
-"""Rewards that can be checked: a completion is right (1) or not (0), by comparing, matching or parsing it.
+"""Rewards that can be checked: a completion is right (1) or not (0), by comparing, matching, parsing or testing it.
 
 Each is a reward function as TRL calls it. Where it compares, `column` names the column of the data that holds the
 right answer; the last keyword arguments are the other columns. `extract` is a regular expression whose first group (or
 whole match) is the answer within the completion, the last match where there are several; a completion without a match
-is wrong. Nothing of a completion is ever executed.
+is wrong. Nothing of a completion is executed but by `python_tests`, in a sandbox (`stagekit.sandbox`); nothing ever in
+the process that trains.
 """
 
 import json
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import AfterValidator
+from pydantic_core import PydanticCustomError
+
+from stagekit import maths as mathematics
+from stagekit import sandbox
 from stagekit.errors import ConfigError
+from stagekit.json_schemas import check_schema, compiled, fits
+from stagekit.options import NonNegativeFloat, Positive, PositiveFloat
 from stagekit.rewards import text_of
 
 
@@ -22,13 +30,52 @@ _NUMBER = re.compile(
     r"(?:\s*/\s*\d+(?:\.\d+)?)?(?:\s*%)?"
 )
 _FENCE = re.compile(r"```(?:json)?\s*\n(.*?)```", re.DOTALL)
+_PYTHON = re.compile(r"^```(?:python3?|py)?[ \t]*\n(.*?)^```", re.DOTALL | re.MULTILINE | re.IGNORECASE)
+
+
+def _as_option(check: Callable[[Any], object]) -> AfterValidator:
+    """A check that raises ConfigError, as what `stagekit check` asks of an option before anything is loaded."""
+
+    def checked(value: Any) -> Any:
+        try:
+            check(value)
+        except ConfigError as error:
+            raise PydanticCustomError("stagekit", "{text}", {"text": str(error)}) from None
+        return value
+
+    return AfterValidator(checked)
+
+
+def _pattern(value: Any) -> None:
+    if value is not None:
+        compiled(value, "extract")
+
+
+def _needed_pattern(value: Any) -> None:
+    if value is None:
+        raise ConfigError("reward regex: options.pattern is missing; say what must match")
+    compiled(value, "regex")
+
+
+def _tags(value: Any) -> None:
+    if isinstance(value, str) or not value:
+        raise ConfigError(f"reward format: options.tags is {value!r}; give a list of names")
+
+
+def _schema(value: Any) -> None:
+    if value is not None:
+        check_schema(value)
+
+
+Extract = Annotated[str | None, _as_option(_pattern)]
+"""A regular expression that finds the answer in a completion."""
 
 
 def exact(
     completions: Sequence[Any],
     *,
     column: str = "answer",
-    extract: str | None = None,
+    extract: Extract = None,
     ignore_case: bool = False,
     **columns: Any,
 ) -> list[float]:
@@ -54,8 +101,8 @@ def numeric(
     completions: Sequence[Any],
     *,
     column: str = "answer",
-    extract: str | None = None,
-    tolerance: float = 1e-6,
+    extract: Extract = None,
+    tolerance: NonNegativeFloat = 1e-6,
     **columns: Any,
 ) -> list[float]:
     """1 where the last number of the completion is the number in `column`.
@@ -85,7 +132,11 @@ def numeric(
 
 
 def regex(
-    completions: Sequence[Any], *, pattern: str | None = None, whole: bool = False, **columns: Any
+    completions: Sequence[Any],
+    *,
+    pattern: Annotated[str | None, _as_option(_needed_pattern)] = None,
+    whole: bool = False,
+    **columns: Any,
 ) -> list[float]:
     """1 where the completion matches the pattern somewhere.
 
@@ -98,16 +149,18 @@ def regex(
     Raises:
         ConfigError: there is no pattern, or it is none.
     """
-    if pattern is None:
-        raise ConfigError("reward regex: options.pattern is missing; say what must match")
-    compiled = _compiled(pattern, "regex")
+    _needed_pattern(pattern)
+    found = compiled(pattern, "regex")
     texts = [text_of(completion) for completion in completions]
-    return [
-        float((compiled.fullmatch(text.strip()) if whole else compiled.search(text)) is not None) for text in texts
-    ]
+    return [float((found.fullmatch(text.strip()) if whole else found.search(text)) is not None) for text in texts]
 
 
-def format(completions: Sequence[Any], *, tags: Sequence[str] = ("think", "answer"), **columns: Any) -> list[float]:
+def format(
+    completions: Sequence[Any],
+    *,
+    tags: Annotated[Sequence[str], _as_option(_tags)] = ("think", "answer"),
+    **columns: Any,
+) -> list[float]:
     """1 where the completion is `<think>...</think><answer>...</answer>`: each tag once, in order, nothing beside.
 
     Args:
@@ -118,15 +171,19 @@ def format(completions: Sequence[Any], *, tags: Sequence[str] = ("think", "answe
     Raises:
         ConfigError: there are no tags.
     """
-    if isinstance(tags, str) or not tags:
-        raise ConfigError(f"reward format: options.tags is {tags!r}; give a list of names")
+    _tags(tags)
     inside = rf"(?:(?!</?(?:{'|'.join(map(re.escape, tags))})>).)*"
     blocks = [f"<{re.escape(tag)}>{inside}</{re.escape(tag)}>" for tag in tags]
-    compiled = re.compile(r"\s*" + r"\s*".join(blocks) + r"\s*", re.DOTALL)
-    return [float(compiled.fullmatch(text_of(completion)) is not None) for completion in completions]
+    shape = re.compile(r"\s*" + r"\s*".join(blocks) + r"\s*", re.DOTALL)
+    return [float(shape.fullmatch(text_of(completion)) is not None) for completion in completions]
 
 
-def json_schema(completions: Sequence[Any], *, schema: Mapping[str, Any] | None = None, **columns: Any) -> list[float]:
+def json_schema(
+    completions: Sequence[Any],
+    *,
+    schema: Annotated[Mapping[str, Any] | None, _as_option(_schema)] = None,
+    **columns: Any,
+) -> list[float]:
     """1 where the completion is JSON, alone or as the only thing in a fenced block, that fits the schema.
 
     The schema has these keywords of JSON Schema: type, enum, const, properties, required, additionalProperties (true
@@ -156,6 +213,129 @@ def json_schema(completions: Sequence[Any], *, schema: Mapping[str, Any] | None 
     return rewards
 
 
+def maths(
+    completions: Sequence[Any],
+    *,
+    column: str = "answer",
+    extract: Extract = None,
+    boxed: bool = False,
+    cpu_seconds: Positive = 5,
+    **columns: Any,
+) -> list[float]:
+    """1 where the completion's answer equals the one in `column` as mathematics, by the package math-verify.
+
+    Numbers, fractions, sets, intervals, matrices, expressions and equations, in LaTeX or plain: 1/2 is
+    `\\frac{2}{4}` and 0.5, 50% is 0.5 (and 50), a unit plays no part, {1, 2} is {2, 1}. Of a completion counts the
+    last `\\boxed{}`, else the mathematics that it ends with. Words are letters multiplied; compare them with `exact`.
+
+    Args:
+        completions: Texts or conversations.
+        column: The column with the right answers: the answer alone, or a text that marks it as mathematics.
+        extract: See above; all of what it finds is the answer.
+        boxed: Whether a completion without `\\boxed{}` is wrong.
+        cpu_seconds: CPU time for one comparison; one that takes more is wrong, such as one with 9^9^9^9.
+        columns: The columns of the data.
+
+    Raises:
+        ConfigError: an answer in `column` is no mathematics.
+    """
+    comparisons, places = [], []
+    for place, (completion, gold) in enumerate(zip(completions, _answers(columns, column, "maths"), strict=True)):
+        said = _extracted(text_of(completion), extract)
+        if said is not None:
+            whole = extract is not None
+            comparisons.append(mathematics.Comparison(str(gold), said, whole, boxed, cpu_seconds))
+            places.append(place)
+    try:
+        found = mathematics.equal(comparisons)
+    except mathematics.Unreadable as error:
+        raise ConfigError(f"reward maths: an answer in column {column!r} is none: {error}") from None
+    rewards = [0.0] * len(completions)
+    for place, equal in zip(places, found, strict=True):
+        rewards[place] = float(equal)
+    return rewards
+
+
+def python_tests(
+    completions: Sequence[Any],
+    *,
+    column: str = "tests",
+    extract: Extract = None,
+    all_or_nothing: bool = False,
+    cpu_seconds: Positive = 5,
+    wall_seconds: PositiveFloat = 20.0,
+    memory_mb: Positive = 512,
+    files_mb: Positive = 16,
+    processes: Positive = 16,
+    packages: bool = False,
+    unsafe: bool = False,
+    **columns: Any,
+) -> list[float]:
+    """The share of tests that the completion's Python code passes, run in a sandbox (`stagekit.sandbox`, Linux).
+
+    The code is the last fenced block that is python or of no named language; without a fence, all of the completion. A
+    test is Python code that ends without an exception, for instance `assert f(1) == 2`. It is executed after the code,
+    in the same interpreter, on a copy of its names, and fails where the process leaves or is ended before it is done.
+    `__name__` is `completion`, so what the code does as a script is not done. An object with an `__eq__` of the code's
+    own is equal to no plain data (numbers, texts, lists of them), so that no answer is equal to all.
+
+    Args:
+        completions: Texts or conversations.
+        column: The column with the tests: a list, or one text that is one test.
+        extract: See above; what it finds is the code.
+        all_or_nothing: 1 where all tests pass, else 0.
+        cpu_seconds: CPU time of a process of the code.
+        wall_seconds: Time for the code and its tests.
+        memory_mb: Address space of a process of the code.
+        files_mb: What the code may write, in all.
+        processes: Processes and threads at a time, with the two that are there before the code starts any.
+        packages: Whether the code may import the packages that are installed here, beside the standard library.
+        unsafe: Run the code also where the kernel refuses a part of the sandbox, with the parts that there are.
+        columns: The columns of the data.
+
+    Raises:
+        ConfigError: a row has no tests.
+        StageError: the kernel refuses a part of the sandbox.
+    """
+    tests = [_tests(one, column) for one in _answers(columns, column, "python_tests")]
+    codes = [_code(text_of(completion), extract) for completion in completions]
+    limits = sandbox.Limits(cpu_seconds, wall_seconds, memory_mb, files_mb, processes)
+    runs = [place for place, code in enumerate(codes) if code is not None]
+    passed = sandbox.passed(
+        [codes[place] or "" for place in runs],
+        [tests[place] for place in runs],
+        limits,
+        packages=packages,
+        unsafe=unsafe,
+    )
+    rewards = [0.0] * len(completions)
+    for place, count in zip(runs, passed, strict=True):
+        share = count / len(tests[place])
+        rewards[place] = float(share == 1) if all_or_nothing else share
+    return rewards
+
+
+def _tests(given: Any, column: str) -> list[str]:
+    tests = [given] if isinstance(given, str) else given
+    good = isinstance(tests, Sequence) and all(isinstance(one, str) and one.strip() for one in tests)
+    if not good or not tests:
+        raise ConfigError(
+            f"reward python_tests: {given!r} in column {column!r} is no test; a row has a list of texts such as "
+            "'assert f(1) == 2', or one text"
+        )
+    return list(tests)
+
+
+def _code(text: str, extract: str | None) -> str | None:
+    """The code of a completion; None where it has none."""
+    if extract is not None:
+        found = _extracted(text, extract)
+    else:
+        blocks = _PYTHON.findall(text)
+        found = blocks[-1] if blocks else text
+    return found if found is not None and found.strip() else None
+
+
 def last_number(text: str) -> float | None:
     """The last number in a text; None where there is none, or it is none that a float can hold."""
     found = [match.strip() for match in _NUMBER.findall(text)]
@@ -168,91 +348,8 @@ def last_number(text: str) -> float | None:
     return value if math.isfinite(value) else None
 
 
-_TYPES: Mapping[str, Callable[[Any], bool]] = {
-    "object": lambda value: isinstance(value, dict),
-    "array": lambda value: isinstance(value, list),
-    "string": lambda value: isinstance(value, str),
-    "boolean": lambda value: isinstance(value, bool),
-    "null": lambda value: value is None,
-    "integer": lambda value: not isinstance(value, bool) and isinstance(value, int | float) and value == value // 1,
-    "number": lambda value: isinstance(value, int | float) and not isinstance(value, bool),
-}
-_OF_STRING: Mapping[str, Callable[[str, Any], bool]] = {
-    "minLength": lambda value, limit: len(value) >= limit,
-    "maxLength": lambda value, limit: len(value) <= limit,
-    "pattern": lambda value, pattern: re.search(pattern, value) is not None,
-}
-_OF_NUMBER: Mapping[str, Callable[[float, Any], bool]] = {
-    "minimum": lambda value, limit: value >= limit,
-    "maximum": lambda value, limit: value <= limit,
-}
-_OF_ARRAY: Mapping[str, Callable[[list[Any], Any], bool]] = {
-    "minItems": lambda value, limit: len(value) >= limit,
-    "maxItems": lambda value, limit: len(value) <= limit,
-    "items": lambda value, rule: all(fits(item, rule) for item in value),
-}
-_OF_OBJECT: Mapping[str, Callable[[dict[str, Any], Any], bool]] = {
-    "required": lambda value, names: set(names) <= set(value),
-    "properties": lambda value, rules: all(fits(value[name], rule) for name, rule in rules.items() if name in value),
-}
-_OF_ANY: Mapping[str, Callable[[Any, Any], bool]] = {
-    "type": lambda value, names: any(_TYPES[name](value) for name in ([names] if isinstance(names, str) else names)),
-    "enum": lambda value, allowed: any(_same(value, one) for one in allowed),
-    "const": lambda value, wanted: _same(value, wanted),
-}
-_BY_TYPE: Sequence[tuple[str, Mapping[str, Callable[[Any, Any], bool]]]] = (
-    ("string", _OF_STRING),
-    ("number", _OF_NUMBER),
-    ("array", _OF_ARRAY),
-    ("object", _OF_OBJECT),
-)
-_KNOWN = {*_OF_ANY, *(key for _, rules in _BY_TYPE for key in rules), "additionalProperties", "title", "description"}
-
-
-def fits(value: Any, schema: Mapping[str, Any]) -> bool:
-    """Whether a value parsed from JSON fits a schema of the keywords of `json_schema`."""
-    rules = dict(_OF_ANY)
-    for kind, own in _BY_TYPE:
-        if _TYPES[kind](value):
-            rules.update(own)
-    closed = isinstance(value, dict) and schema.get("additionalProperties") is False
-    if closed and not set(value) <= set(schema.get("properties", {})):
-        return False
-    return all(holds(value, schema[key]) for key, holds in rules.items() if key in schema)
-
-
-def check_schema(schema: Any, path: str = "schema") -> None:
-    """See that a schema has keywords and types that `fits` looks at.
-
-    Raises:
-        ConfigError: it has another; with its path.
-    """
-    if not isinstance(schema, Mapping):
-        raise ConfigError(f"{path}: {schema!r} is no schema; it is a mapping")
-    strange = sorted(set(schema) - _KNOWN)
-    if strange:
-        raise ConfigError(f"{path}.{strange[0]}: is not looked at; known are {', '.join(sorted(_KNOWN))}")
-    names = schema.get("type", [])
-    for name in [names] if isinstance(names, str) else names:
-        if name not in _TYPES:
-            raise ConfigError(f"{path}.type: {name!r} is no type of JSON; known are {', '.join(_TYPES)}")
-    if not isinstance(schema.get("additionalProperties", True), bool):
-        raise ConfigError(f"{path}.additionalProperties: is true or false here")
-    if "pattern" in schema:
-        _compiled(schema["pattern"], f"json_schema, {path}.pattern")
-    for name, rule in schema.get("properties", {}).items():
-        check_schema(rule, f"{path}.properties.{name}")
-    if "items" in schema:
-        check_schema(schema["items"], f"{path}.items")
-
-
 def _no_json(name: str) -> None:
     raise ValueError(f"{name} is no JSON")  # Python's parser takes NaN and Infinity
-
-
-def _same(one: Any, other: Any) -> bool:
-    """Equality of JSON, where true is not 1."""
-    return bool(one == other) and isinstance(one, bool) == isinstance(other, bool)
 
 
 def _answers(columns: Mapping[str, Any], column: str, name: str) -> Sequence[Any]:
@@ -269,14 +366,7 @@ def _answers(columns: Mapping[str, Any], column: str, name: str) -> Sequence[Any
 def _extracted(text: str, extract: str | None) -> str | None:
     if extract is None:
         return text
-    found = list(_compiled(extract, "extract").finditer(text))
+    found = list(compiled(extract, "extract").finditer(text))
     if not found:
         return None
     return found[-1].group(1 if found[-1].re.groups else 0)
-
-
-def _compiled(pattern: Any, where: str) -> re.Pattern[str]:
-    try:
-        return re.compile(pattern)
-    except (re.error, TypeError) as error:
-        raise ConfigError(f"reward {where}: {pattern!r} is no regular expression: {error}") from None

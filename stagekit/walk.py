@@ -14,6 +14,7 @@ from stagekit.digest import digests
 from stagekit.distributed import count_processes, live_processes, processes_of
 from stagekit.errors import ConfigError, Interrupted, Problem
 from stagekit.files import lock, make_folder, write_text
+from stagekit.journal import JOURNALS
 from stagekit.pipeline import to_plain
 from stagekit.result import PipelineResult, StageResult
 from stagekit.runner import DISABLED, Task, _plain_yaml, disabled, stage_folder
@@ -261,9 +262,9 @@ def _set_aside(task: Task, again: bool, show: Show) -> None:
             shutil.rmtree(target)
         task.folder.rename(target)
         task.folder.mkdir()
-        journal = target / "journal.jsonl"
-        if journal.exists():
-            shutil.copy2(journal, task.folder / "journal.jsonl")
+        for name in JOURNALS:
+            if (target / name).exists():
+                shutil.copy2(target / name, task.folder / name)
         show.line(
             f"  stage {task.stage.name!r} changed since it ran; its old folder is {target.relative_to(task.run)}"
         )

@@ -8,12 +8,15 @@ from typing import Any
 from stagekit.counters import digest_of, seed_of
 from stagekit.errors import Interrupted, StageError
 from stagekit.journal import Journal, Record
-from stagekit.requests import Completion, Generator, Message, Request, plan_batches
+from stagekit.requests import Completion, Generator, Message, Request, plan_batches, remembering
 
 
 @dataclass(frozen=True)
 class Progress:
-    """A batch has been written: which phase it belongs to, how far the phase is, and what the batch cost."""
+    """A batch has been written: which phase it belongs to, how far the phase is, and what the batch cost.
+
+    `role` is that of the batch's texts; a batch of conversations, with texts of several roles, says "round".
+    """
 
     role: str
     round: int
@@ -29,11 +32,17 @@ class Ask:
     """One text wanted in a phase, before it is known whether it fits and whether the journal has it.
 
     `facts` are kept beside the text: `role` and `round` of the phase, `prompt_id`, and what the method adds.
+    `conversation` names that of which the text is a turn, see `Writer.converse`.
     """
 
     key: str
     messages: tuple[Message, ...]
     facts: Mapping[str, Any]
+    conversation: str = ""
+
+
+Turn = Callable[[Sequence[Ask], Generator | None, int], dict[str, Record]]
+"""Asks a generator for texts of at most so many tokens; gives the records by key, without those that do not fit."""
 
 
 @dataclass
@@ -67,13 +76,85 @@ class Writer:
         """
         if generator is not None:
             self._generate({ask.key: ask for ask in asks}, role, number, generator, max_new_tokens)
+        return self._recorded(asks, generator, max_new_tokens)
+
+    def converse(
+        self,
+        groups: Sequence[Sequence[str]],
+        number: int,
+        generators: Sequence[Generator],
+        talk: Callable[[Sequence[str], Turn], None],
+    ) -> None:
+        """Write conversations of several turns: all turns of a group of them are one batch of the journal.
+
+        So what a generator has read of them can stay in memory from turn to turn, and a run that was killed still
+        goes on to the same texts: the batch that it was in is made anew from its first turn. Each turn has a seed of
+        its own.
+
+        Args:
+            groups: names of the conversations that make up each batch.
+            generators: who writes; none: only what the journal holds.
+            talk: asks for the turns of one group, one after another, by the function that it is given.
+
+        Raises:
+            StageError: the journal holds texts of another plan.
+            Interrupted: `should_stop` said so, with all batches so far in the journal.
+        """
+        for position, group in enumerate(groups):
+            batch_id = digest_of("round", number, *group)
+            if not generators or self.journal.has_batch(batch_id):
+                talk(group, self._recorded)
+                continue
+            where = f"at batch {position + 1} of {len(groups)} of round {number}"
+            written: dict[str, Record] = {}
+            start = time.monotonic()
+            with remembering(*generators):
+                talk(group, self._asking(written, where))
+            self.journal.append_batch(batch_id, list(written.values()))
+            if self.on_batch is not None:
+                tokens = sum(record["n_new"] for record in written.values())
+                elapsed = time.monotonic() - start
+                self.on_batch(Progress("round", number, position + 1, len(groups), len(written), tokens, elapsed))
+
+    def _recorded(self, asks: Sequence[Ask], generator: Generator | None, most: int) -> dict[str, Record]:
         found = ((ask.key, self.journal.get(ask.key)) for ask in asks)
         return {key: record for key, record in found if record is not None}
+
+    def _asking(self, written: dict[str, Record], where: str) -> Turn:
+        """Generates a turn, and puts its records into `written`."""
+
+        def turn(asks: Sequence[Ask], generator: Generator | None, most: int) -> dict[str, Record]:
+            assert generator is not None
+            self._leave_if_asked(where)
+            if any(ask.key in self.journal for ask in asks):
+                raise _other_plan(self.journal)
+            lengths = _lengths(asks, generator)
+            limit = generator.context_length
+            fitting = [ask for ask in asks if limit is None or lengths[ask.key] + most <= limit]
+            if not fitting:
+                return {}
+            requests = [Request(ask.key, ask.messages, most, conversation=ask.conversation) for ask in fitting]
+            seed = seed_of(self.seed, digest_of(*(request.key for request in requests)))
+            completions = generator.generate(requests, seed)
+            records = {
+                ask.key: self._record(ask, completion, generator.fingerprint, seed)
+                for ask, completion in zip(fitting, completions, strict=True)
+            }
+            written.update(records)
+            return records
+
+        return turn
+
+    def _leave_if_asked(self, where: str) -> None:
+        if self.should_stop is not None and self.should_stop():
+            raise Interrupted(
+                f"stopped {where}; {self.journal.path} holds all batches before it; start again to go on."
+            )
 
     def _generate(
         self, asks: Mapping[str, Ask], role: str, number: int, generator: Generator, max_new_tokens: int
     ) -> None:
-        lengths = _lengths(asks, generator)
+        lengths = _lengths(list(asks.values()), generator)
         limit = generator.context_length
         fitting = [key for key in asks if limit is None or lengths[key] + max_new_tokens <= limit]
         requests = [Request(key, asks[key].messages, max_new_tokens) for key in fitting]
@@ -82,11 +163,7 @@ class Writer:
             batch_id = digest_of(*(request.key for request in batch))
             if is_done(self.journal, batch_id, [request.key for request in batch]):
                 continue
-            if self.should_stop is not None and self.should_stop():
-                raise Interrupted(
-                    f"stopped before batch {position + 1} of {len(batches)} of the {role} phase (round {number}). "
-                    f"{self.journal.path} holds all texts so far; start again to go on."
-                )
+            self._leave_if_asked(f"at batch {position + 1} of {len(batches)} of the {role} phase")
             start, seed = time.monotonic(), seed_of(self.seed, batch_id)
             completions = generator.generate(batch, seed)
             records = [
@@ -124,17 +201,21 @@ def is_done(journal: Journal, batch_id: str, keys: Sequence[str]) -> bool:
     if journal.has_batch(batch_id):
         return True
     if any(key in journal for key in keys):
-        raise StageError(
-            f"{journal.path} holds some texts of a batch and not the others, so it was written under another "
-            "plan with the same digest. Open it with plan_digest of the same arguments, or delete it."
-        )
+        raise _other_plan(journal)
     return False
 
 
-def _lengths(asks: Mapping[str, Ask], generator: Generator) -> dict[str, int]:
+def _other_plan(journal: Journal) -> StageError:
+    return StageError(
+        f"{journal.path} holds some texts of a batch and not the others, so it was written under another "
+        "plan with the same digest. Open it with plan_digest of the same arguments, or delete it."
+    )
+
+
+def _lengths(asks: Sequence[Ask], generator: Generator) -> dict[str, int]:
     """Key -> tokens of the prompt; a conversation that is asked several times is measured once."""
     measured: dict[int, int] = {}
-    for ask in asks.values():
+    for ask in asks:
         if id(ask.messages) not in measured:
             measured[id(ask.messages)] = generator.prompt_length(ask.messages)
-    return {key: measured[id(ask.messages)] for key, ask in asks.items()}
+    return {ask.key: measured[id(ask.messages)] for ask in asks}

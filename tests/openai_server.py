@@ -3,9 +3,13 @@
 It prints its port, logs every request to FOLDER/log.jsonl, and answers "echo SEED: PROMPT". A file FOLDER/busy with a
 number makes it answer 503 so many times; the word `toolong` in a prompt is a context that is too long, `refuse` a
 request that it does not take, `odd` an answer in another form; FOLDER/models holds the names of its models.
+
+Asked for `logprobs` it says A with 0.6, " A" with 0.1, B with 0.2 and The with 0.1; a prompt with `neither` leaves the
+letters out, one with `onlyA` the B, and one with `silent` all probabilities.
 """
 
 import json
+import math
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -42,13 +46,19 @@ class Handler(BaseHTTPRequestHandler):
         elif "odd" in text:
             self.answer(200, {"answer": "hello"})
         else:
-            self.answer(200, self.completion(body, f"echo {body['seed'] % 7}: {text}".split()))
+            self.answer(200, self.completion(body, f"echo {body.get('seed', 0) % 7}: {text}".split()))
 
     def completion(self, body: Any, words: list[str]) -> dict[str, Any]:
         kept = words[: body["max_tokens"]]
         why = "stop" if len(kept) == len(words) else "length"
         usage = {"prompt_tokens": 11, "completion_tokens": len(kept)}
         choice = {"message": {"role": "assistant", "content": " ".join(kept)}, "finish_reason": why}
+        text = body["messages"][-1]["content"]
+        if body.get("logprobs") and "silent" not in text:
+            said = {"A": 0.6, " A": 0.1, "B": 0.2, "The": 0.1}
+            left_out = {"A", " A", "B"} if "neither" in text else {"B"} if "onlyA" in text else set()
+            tokens = [{"token": token, "logprob": math.log(p)} for token, p in said.items() if token not in left_out]
+            choice["logprobs"] = {"content": [{**tokens[0], "top_logprobs": tokens[: body["top_logprobs"]]}]}
         return {"choices": [choice], "usage": usage}
 
     def answer(self, status: int, content: Any) -> None:

@@ -15,11 +15,14 @@
 | `told` | what the function of a custom stage is called with, and the result that it makes |
 | `texts` | what a constitutional stage writes |
 | `sampled` | what a rejection sampling or self-play stage learns after its first sampling, and how often it trains |
+| `made` | the rows and the instructions that a synthetic data stage leaves |
+| `labelled` | the pairs of an AI feedback stage, with what its judge says of them |
 | `deleted` | what is left of the stage's model once the next stage is done |
 
 None of them is the declaration itself, so an option that is stored and not read emits nothing.
 """
 
+import contextlib
 import dataclasses
 import json
 import shutil
@@ -127,6 +130,17 @@ OF_KIND: Mapping[tuple[str, str], str] = {
     ("random_seed", "custom"): "told",
     ("metadata", "custom"): "told",
     ("reward_model", "rejection_sampling"): "sampled",
+    **{(option, "synthetic_data"): "made" for option in ("random_seed", "reward_model", "teacher_model")},
+    ("data_shuffle_seed", "synthetic_data"): "rows",
+    ("shuffle_data", "synthetic_data"): "rows",
+    ("tags", "synthetic_data"): "begun tags",
+    ("data_shuffle_seed", "ai_feedback"): "rows",  # it has no trainer that would shuffle
+    ("shuffle_data", "ai_feedback"): "rows",
+    **{
+        (option, "ai_feedback"): "labelled"
+        for option in ("random_seed", "use_mixed_precision", "mixed_precision_dtype")
+    },
+    ("tags", "ai_feedback"): "begun tags",
     ("tags", "evaluation"): "begun tags",  # no model, no model card
     ("tags", "custom"): "begun tags",
 }
@@ -192,6 +206,15 @@ class Place:
         if kind == "self_play":
             few = {"self_play_iterations": 1, "self_play_responses_per_prompt": 1}
             return {"method": kind, "training_data": "rows", **few, "generation": {"max_new_tokens": 24}}
+        if kind == "synthetic_data":
+            salad = {"type": kind, "instructions": 12, "examples": 2, "min_words": 1, "similarity": None}
+            return {"method": salad, "training_data": "rows", "generation": {"max_new_tokens": 48}}
+        if kind == "ai_feedback":
+            any_label = {"type": kind, "tie_margin": 0.0}
+            return {"method": any_label, "training_data": "rows", "generation": {"max_new_tokens": 64}}
+        if kind == "self_rewarding":
+            one = {"type": kind, "iterations": 1, "judge_by": "comparison", "judge": "tests.answers:likes_longer"}
+            return {"method": one, "training_data": "rows", "generation": {"max_new_tokens": 24}}
         if kind == "online_dpo":
             return {"method": {"type": kind, "reward": VOWELS}, "training_data": "rows"}
         if kind in SAMPLING:
@@ -215,8 +238,10 @@ class Place:
         return str(path)
 
     def data(self, kind: str, word: str) -> str:
-        if kind in {"constitutional", "rejection_sampling", *SAMPLING}:
+        if kind in {"constitutional", "rejection_sampling", "synthetic_data", *SAMPLING}:
             return self.files["prompts" if word == "rows" else "validation"]
+        if kind in {"ai_feedback", "self_rewarding"}:
+            return self.files["pairs" if word == "rows" else "pairs to validate"]
         name = {
             "process_reward": "steps",
             "sft": "rows",
@@ -301,7 +326,7 @@ def trained(place: Place, stage: TrainingStage) -> tuple[Job, Any]:
     from stagekit.building import build
 
     job = place.job(stage)
-    learns = {"constitutional": "rows", "rejection_sampling": "rows", "self_play": "pairs"}
+    learns = {"constitutional": "rows", "rejection_sampling": "rows", "self_play": "pairs", "self_rewarding": "pairs"}
     if stage.method.type in learns:
         written = load_dataset("json", data_files=place.files[learns[stage.method.type]], split="train")
         job = dataclasses.replace(job, train_dataset=written)
@@ -366,6 +391,15 @@ def written_texts(place: Place, stage: TrainingStage, name: str) -> Any:
     return texts(job.folder)
 
 
+def made_rows(place: Place, stage: TrainingStage, name: str) -> Any:
+    job = place.job(stage)
+    shutil.rmtree(job.folder)
+    job.folder.mkdir()
+    with contextlib.suppress(StageError):  # a teacher of noise may write nothing that is kept; what it wrote is there
+        stage.method.run(job)
+    return [(job.folder / "data" / f"{made}.jsonl").read_text() for made in stage.method.makes]
+
+
 def sampled_rows(place: Place, stage: TrainingStage, name: str) -> Any:
     job = place.job(stage)
     shutil.rmtree(job.folder)
@@ -373,12 +407,21 @@ def sampled_rows(place: Place, stage: TrainingStage, name: str) -> Any:
     return sampled(job).train_dataset.to_list(), stage.method.trainings()
 
 
+def labelled(place: Place, stage: TrainingStage, name: str) -> Any:
+    job = place.job(stage)
+    shutil.rmtree(job.folder)
+    job.folder.mkdir()
+    stage.method.run(job)
+    return (job.folder / "data" / "labels.jsonl").read_text()
+
+
 def sampled(job: Job) -> Job:
     """The job of a first iteration, of a type that samples what it learns; of another type as it is."""
-    from stagekit import rejection, spin
+    from stagekit import rejection, self_rewarding, spin
 
     method: Any = job.stage.method
     prepare = {
+        "self_rewarding": lambda: self_rewarding._prepare(job, 1, method),
         "rejection_sampling": lambda: rejection._prepare(job, 1, method),
         "self_play": lambda: spin._prepare(job, 1, method, job),
     }
@@ -405,7 +448,7 @@ def deleted(place: Place, stage: TrainingStage, name: str) -> Any:
 PARTS: Mapping[str, Callable[[Place, TrainingStage, str], Any]] = {
     "argument": argument, "trainer": trainer, "adapter": adapter, "quantisation": quantisation, "hook": hook,
     "callback": callback, "rows": rows, "weights": weights, "saved": saved, "begun": begun, "told": told,
-    "texts": written_texts, "sampled": sampled_rows, "deleted": deleted,
+    "texts": written_texts, "sampled": sampled_rows, "labelled": labelled, "made": made_rows, "deleted": deleted,
 }  # fmt: skip
 
 

@@ -305,7 +305,9 @@ VARIED: tuple[dict[str, Any], ...] = (
 @pytest.mark.parametrize("kind", [kind for kind in BUILT if METHODS[kind].trainer_class])
 @pytest.mark.parametrize("given", VARIED)
 def test_every_argument_is_one_field_of_the_installed_config(kind: str, given: dict[str, Any]) -> None:
-    if kind == "evaluation" or (kind in {"constitutional", "self_play"} and "is_evaluation_only" in given):
+    if kind == "evaluation" or (
+        kind in {"constitutional", "self_play", "self_rewarding"} and "is_evaluation_only" in given
+    ):
         kind, given = "evaluation", {"training_data": None, "validation_data": "v"}
     own: dict[str, Any] = {"teacher": "t"} if kind == "distillation" else {}
     own |= {"reward": "pkg.mod:f"} if "reward" in METHODS[kind].model_fields else {}

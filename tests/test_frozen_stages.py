@@ -10,8 +10,8 @@ import torch
 
 from stagekit import ConfigError, Generation, LoRA, StageError, TrainingStage
 from stagekit import training as training_module
-from stagekit.adapters import RejectionSampling, SelfPlay
-from tests.answers import by_length
+from stagekit.adapters import RejectionSampling, SelfPlay, SelfRewarding
+from tests.answers import by_length, likes_longer
 from tests.running import crash_at, run, same, stage, weights
 
 
@@ -44,6 +44,11 @@ def answer(messages: Any) -> str:
     return f"It is {len(messages)}."
 
 
+def longer(messages: Any, said: list[int] = [0]) -> str:  # noqa: B006 (counts the calls)
+    said[0] += 1
+    return "It is so." + " Yes." * (said[0] % 4)
+
+
 TYPES: dict[str, dict[str, Any]] = {
     "sft": {"data": "sft"},
     "constitutional": {"data": "prompts", "generation": Generation(max_new_tokens=8, backend=answer)},
@@ -56,6 +61,11 @@ TYPES: dict[str, dict[str, Any]] = {
         "data": "sft",
         "generation": Generation(max_new_tokens=8, backend=answer),
         "method": SelfPlay(iterations=1, responses_per_prompt=1),
+    },
+    "self_rewarding": {
+        "data": "prompts",
+        "generation": Generation(max_new_tokens=8, backend=longer),
+        "method": SelfRewarding(iterations=1, n=4, judge=likes_longer, judge_by="comparison"),
     },
     "dpo": {"data": "dpo"},
     "kto": {"data": "dpo"},

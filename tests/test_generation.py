@@ -102,6 +102,25 @@ def test_prompts_go_through_the_chat_template(generator: TransformersGenerator) 
     assert all(step.shape[1] == 1 for step in seen[1:])  # the KV cache is on
 
 
+def test_a_conversation_is_laid_out_once_for_its_length_and_its_text(
+    generator: TransformersGenerator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    laid_out: list[Any] = []
+    original = generator.prompt_ids
+    monkeypatch.setattr(generator, "prompt_ids", lambda messages: laid_out.append(messages) or original(messages))
+    lengths = [generator.prompt_length(say(text)) for text in TEXTS]
+    written = generator.generate(requests_of(*TEXTS, max_new_tokens=2), seed=0)
+    assert len(laid_out) == len(TEXTS)
+    assert [one.prompt_tokens for one in written] == lengths
+    generator.tokenizer.chat_template += "and more"
+    assert generator.prompt_length(say(TEXTS[0])) > lengths[0]  # another template is another prompt
+    monkeypatch.setattr("stagekit.generation.LAID_OUT", len(generator._laid_out))
+    for text in TEXTS:
+        generator.prompt_length(say(f"{text} {text}"))
+    assert len(generator._laid_out) == len(TEXTS) + 1
+    assert generator.prompt_length(say(TEXTS[0])) > lengths[0]
+
+
 def test_a_tokenizer_without_a_template_is_refused(tiny_model: Any, tiny_tokenizer: Any) -> None:
     tiny_tokenizer.chat_template = None
     with pytest.raises(ConfigError, match="no chat template"):

@@ -88,7 +88,9 @@ DECLARATION = {
     "stage": {"adapters", "adapters.sft", "flat", "groups", "ledger", "options", "selectors", "stage_options"},
     "distributed": {"errors"},
     "arguments": {"adapters.base", "distributed", "ledger", "measures", "optimizers", "schedules"},
-    "checks": {"arguments", "errors", "groups", "measures", "options", "sources", "trl_fields"},
+    "trl_rewards": {"errors"},
+    "reward_options": {"errors", "groups", "options", "trl_rewards"},
+    "checks": {"arguments", "errors", "groups", "measures", "options", "reward_options", "sources", "trl_fields"},
     "pipeline": {"checks", "errors", "groups", "options", "stage"},
     "parse": {"checks", "errors", "flat", "ledger", "options", "pipeline", "selectors"},
     "digest": {"checks", "distributed", "options", "sources"},
@@ -119,13 +121,21 @@ def test_the_table_above_has_no_circle() -> None:
         waiting = {name: below for name, below in waiting.items() if name not in free}
 
 
-SHARED = {"adapters.references", "adapters.reinforcement", "adapters.scoring"}
+SHARED = {
+    "adapters.judged",
+    "adapters.own_pairs",
+    "adapters.references",
+    "adapters.reinforcement",
+    "adapters.scoring",
+}
 """What several stage types have in common; no type of its own."""
 
 
 @pytest.mark.parametrize("module", [name for name in MODULES if name.startswith("stagekit.adapters.")])
 def test_a_stage_type_s_module_imports_options_at_its_top_and_machinery_inside_functions(module: str) -> None:
-    allowed = {"adapters.base", "errors", "groups", "options", "stage_options", *SHARED}
+    allowed = {
+        "adapters.base", "errors", "groups", "options", "reward_options", "stage_options", "templates", *SHARED
+    }  # fmt: skip
     assert own(module, everywhere=False) <= allowed
     assert not own(module, everywhere=True) & {"pipeline", "parse", "stage", "flat", "ledger", "walk", "runner"}
 
@@ -143,6 +153,8 @@ BLIND = (
     "stagekit.data",
     "stagekit.generation",
     "stagekit.decoding",
+    "stagekit.choosing",
+    "stagekit.kept",
 )
 
 

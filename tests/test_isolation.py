@@ -35,7 +35,7 @@ class Parent:
             command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
 
-    def until(self, condition: Callable[[], bool], seconds: float = 120) -> None:
+    def until(self, condition: Callable[[], bool], seconds: float = 300) -> None:
         """Wait for something to be so."""
         end = time.monotonic() + seconds
         while not condition():
@@ -52,7 +52,7 @@ class Parent:
         return look
 
     def end(self) -> tuple[int, str]:
-        out, error = self.process.communicate(timeout=120)
+        out, error = self.process.communicate(timeout=300)
         assert "Fatal Python error" not in error
         return self.process.returncode, out
 

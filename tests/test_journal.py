@@ -161,3 +161,16 @@ def test_a_key_is_written_once(tmp_path: Path) -> None:
             journal.append_batch("b1", [record("k1"), record("k1")])
         with pytest.raises(AssertionError, match="is in the journal already"):
             journal.append_batch("b0", [record("k1")])
+
+
+def test_a_process_that_follows_has_all_batches_and_writes_none(tmp_path: Path) -> None:
+    path = tmp_path / "journal.jsonl"
+    before = two_batches(path)
+    with Journal.open(path, "digest") as writing, Journal.follow(path, "digest") as following:
+        assert list(following) == list(writing) and following.info == writing.info
+        following.append_batch("b2", [record("k3")])
+        assert path.read_bytes() == before
+        writing.append_batch("b2", [record("k3")])
+        assert following.get("k3") == writing.get("k3") and following.has_batch("b2")
+    with pytest.raises(StageError, match="was made under digest"):
+        Journal.follow(path, "another")

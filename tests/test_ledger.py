@@ -25,6 +25,8 @@ OF_TYPE: Mapping[str, Mapping[str, Any]] = {
         for kind in ("ppo", "grpo", "rloo", "online_dpo")
     },
     "self_play": {"method": "self_play", "training_data": "rows.jsonl"},
+    "self_rewarding": {"method": "self_rewarding", "training_data": "rows.jsonl"},
+    "ai_feedback": {"method": "ai_feedback", "training_data": "rows.jsonl"},
     "constitutional": {"method": "constitutional", "training_data": "rows.jsonl"},
     "rejection_sampling": {
         "method": {"type": "rejection_sampling", "reward": "pkg.mod:f"},
@@ -33,6 +35,7 @@ OF_TYPE: Mapping[str, Mapping[str, Any]] = {
     "evaluation": {"method": "evaluation", "validation_data": "rows.jsonl"},
     "custom": {"method": {"type": "custom", "function": "pkg.mod:f"}},
     "distillation": {"method": {"type": "distillation", "teacher": "a/teacher"}, "training_data": "rows.jsonl"},
+    "synthetic_data": {"method": "synthetic_data", "training_data": "rows.jsonl"},
 }
 """The least that a stage of each built type needs."""
 
@@ -117,7 +120,7 @@ def test_a_value_that_is_not_built_is_refused_with_what_is_missing(path: str, va
     assert key in {"", "loss", "mode"} and group in TrainingStage.model_fields
 
 
-UNTOUCHED = "the function gets every row, in the order of the data"
+UNTOUCHED = "every row is read, in the order of the data"
 
 
 @pytest.mark.parametrize(
@@ -155,7 +158,10 @@ def test_a_constitutional_stage_does_not_only_measure() -> None:
 
 NO_TRAINING = "an evaluation stage does not train; put it on the stage that does"
 OWN = "a custom stage does only what its function does; pass the value to the function through metadata"
-SAMPLES = "ppo, grpo, rloo, online_dpo, constitutional, rejection_sampling, self_play, distillation"
+SAMPLES = (
+    "ppo, grpo, rloo, online_dpo, constitutional, ai_feedback, rejection_sampling, self_play, self_rewarding, "
+    "distillation, synthetic_data"
+)
 NO_USE = "stage type {!r} has no use for it; it belongs to "
 AS_IT_IS = "an evaluation stage measures every row of validation_data as it is"
 STILL = "is_evaluation_only: true does not train"

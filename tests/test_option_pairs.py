@@ -71,7 +71,11 @@ BESIDE: Mapping[tuple[str, str], Mapping[str, Any]] = {
     ("data_preprocessor", "custom"): {"training_data": "rows"},
     ("max_training_samples", "custom"): {"training_data": "rows"},
     ("shuffle_data", "custom"): DRAWN,
+    ("shuffle_data", "ai_feedback"): DRAWN,
     ("data_shuffle_seed", "custom"): DRAWN,
+    ("shuffle_data", "synthetic_data"): DRAWN,
+    ("data_shuffle_seed", "synthetic_data"): DRAWN,
+    ("data_shuffle_seed", "ai_feedback"): DRAWN,
 }
 """What must stand beside an option on one type, instead of what the case says."""
 
@@ -132,7 +136,9 @@ def way_out(name: str, kind: str) -> tuple[str, ...]:
         return ("belongs to",)
     if kind == "custom":
         return ("through metadata",)
-    if kind == "evaluation":
+    if kind == "synthetic_data":
+        return ("put it on the stage that learns",)
+    if kind in {"evaluation", "ai_feedback"} and name != "is_evaluation_only":
         return ("put it on the stage that does", "validation_data", "without training")
     return {
         "custom_loss_function": ("sft and constitutional",),
@@ -185,9 +191,10 @@ NAMES: Mapping[str, Mapping[str, str]] = {
         "reward": "reward_model_training", "process_reward": "process_reward_model_training",
         "ppo": "proximal_policy_optimization", "grpo": "group_relative_policy_optimization",
         "rloo": "reinforcement_learning", "online_dpo": "reinforcement_learning",
-        "rejection_sampling": "rejection_sampling", "self_play": "self_play",
+        "rejection_sampling": "rejection_sampling", "self_play": "self_play", "self_rewarding": "self_rewarding",
+        "ai_feedback": "reinforcement_learning_ai_feedback",
         "constitutional": "constitutional", "distillation": "knowledge_distillation", "evaluation": "evaluation",
-        "custom": "custom",
+        "custom": "custom", "synthetic_data": "synthetic_data_training",
     },
     "fine_tuning_method": {
         "sft": "sft", "dpo": "ipo", "kto": "kto", "orpo": "orpo", "cpo": "cpo", "simpo": "simpo",
@@ -198,9 +205,9 @@ NAMES: Mapping[str, Mapping[str, str]] = {
     "preference_loss_type": {"dpo": "hinge", "kto": "kto", "orpo": "odds_ratio", "simpo": "simple"},
 }  # fmt: skip
 """Selector -> stage type -> a value that names it, or one of its losses."""
-BY_ITSELF = {"kto": "dpo", "simpo": "cpo", "rloo": "ppo", "online_dpo": "ppo"}
+BY_ITSELF = {"kto": "dpo", "simpo": "cpo", "rloo": "ppo", "online_dpo": "ppo", "ai_feedback": "ppo"}
 """What `stage_type` alone selects, where another selector has to say which."""
-ALSO = {"online_dpo": ("ppo", "grpo", "rloo")}
+ALSO = {"online_dpo": ("ppo", "grpo", "rloo"), "ai_feedback": ("ppo", "grpo", "rloo")}
 """Types that the same `stage_type` may be, of which another selector says which."""
 
 SELECTED = [(name, kind) for name in SELECTORS for kind in BUILT]
@@ -212,7 +219,7 @@ def selected(place: Place, kind: str, **selectors: str) -> tuple[str, Any]:
     own = {
         "custom": {"custom_training_function": "tests.option_pairs:tell"},
         "distillation": {"teacher_model": place.model},
-        **{name: {"reward_model": VOWELS} for name in (*SAMPLING, "rejection_sampling")},
+        **{name: {"reward_model": VOWELS} for name in (*SAMPLING, "rejection_sampling", "ai_feedback")},
     }.get(kind, {})
     least = {key: place.files["rows"] for key in least if key.endswith("_data")}
     stage = TrainingStage(name="s", **least, **own, **selectors)

@@ -25,10 +25,12 @@ from stagekit import (
     selectors,
     stage,
     stage_options,
+    templates,
     trl_fields,
 )
 from stagekit.adapters import (
     METHODS,
+    ai_feedback,
     base,
     constitutional,
     custom,
@@ -36,8 +38,10 @@ from stagekit.adapters import (
     dpo,
     evaluation,
     grpo,
+    judged,
     kto,
     online_dpo,
+    own_pairs,
     ppo,
     process_reward,
     reference_free,
@@ -48,7 +52,9 @@ from stagekit.adapters import (
     rloo,
     scoring,
     self_play,
+    self_rewarding,
     sft,
+    synthetic_data,
 )
 
 
@@ -56,7 +62,8 @@ DESCRIBING = (
     arguments, checks, digest, errors, flat, groups, ledger, measures, options, parity, parse, pending, pipeline,
     selectors, stage, stage_options, trl_fields, base, constitutional, custom, distillation, dpo, evaluation, grpo,
     kto, online_dpo, ppo, process_reward, reference_free, references, reinforcement, rejection_sampling, reward, rloo,
-    scoring, self_play, sft,
+    scoring, self_play, self_rewarding, sft, synthetic_data, ai_feedback, judged, own_pairs,
+    templates,
 )  # fmt: skip
 
 

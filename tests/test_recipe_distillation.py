@@ -31,18 +31,25 @@ def test_the_smoke_file_is_the_same_pipeline_made_small() -> None:
         assert small.training_data == real.training_data and small.validation_data == real.validation_data
 
 
-def test_the_smoke_file_runs_from_the_command_line_and_says_what_the_student_is(tmp_path: Path) -> None:
+def test_the_smoke_file_runs_from_the_command_line_and_says_what_the_student_is(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     arguments = ["--config", str(FOLDER / "smoke.yaml"), "--output-dir", str(tmp_path / "run")]
     assert launch(distillation.pipeline, "distillation", "", arguments) == 0
-    result = StageResult.read(tmp_path / "run/03-compare/result.json", tmp_path)
+    result = StageResult.read(tmp_path / "run/04-compare/result.json", tmp_path)
     assert result is not None and result.status == "completed"
     found = result.metrics
     assert found["student_parameters"] == found["start_parameters"] < found["teacher_parameters"]
     assert found["size_ratio"] == found["student_parameters"] / found["teacher_parameters"]
     assert found["student_nll"] < found["start_nll"]
-    assert found["retention"] == pytest.approx(
-        (found["start_nll"] - found["student_nll"]) / (found["start_nll"] - found["teacher_nll"])
-    )
+    for name in ("student", "control"):
+        assert found[f"{name}_retention"] == pytest.approx(
+            (found["start_nll"] - found[f"{name}_nll"]) / (found["start_nll"] - found["teacher_nll"])
+        )
+    assert found["control_nll"] != found["student_nll"] and found["control_parameters"] == found["student_parameters"]
+    shown = capfd.readouterr().out
+    (line,) = [line for line in shown.splitlines() if line.startswith("student, distilled")]
+    assert f"{found['student_nll']:.3f}" in line and f"{found['student_retention']:.0%}" in line
     assert found["speed_ratio"] > 0 and 0 <= found["student_exact"] <= 1
 
 

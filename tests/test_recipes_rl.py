@@ -46,15 +46,15 @@ def test_the_smoke_file_runs(
 ) -> None:
     monkeypatch.setenv("STAGEKIT_CACHE", str(tmp_path / "cache"))
     arguments = ["--config", str(RECIPES / kind / "smoke.yaml"), "--output-dir", str(tmp_path / "run")]
-    assert launch(KINDS[kind].pipeline, kind, "", arguments) == 0
+    assert launch(KINDS[kind].pipeline, kind, "", arguments, after=held_out.show) == 0
     folders = sorted(path for path in (tmp_path / "run").iterdir() if path.name[:2].isdigit())
     for folder in folders:
         result = StageResult.read(folder / "result.json", tmp_path / "run")
         assert result is not None
         assert result.status == "completed"
-    held_out.main(folders[-1])
     shown = capsys.readouterr().out
-    assert "reward: " in shown
+    assert "64 held-out prompts" in shown
+    assert re.search(r"  reward: \S+ \(\S+ to \S+\) -> \S+ \(\S+ to \S+\)\n", shown)
     if kind == "rlhf":
         found = {one.name: one for one in held_out.measured(folders[-1])}
         assert found["reward"] != found["rewards/form/mean"]  # the form is measured, and rewards nothing
@@ -87,6 +87,33 @@ def test_the_interval_of_a_share() -> None:
     assert (low, high) == (pytest.approx(0.3808, abs=1e-3), pytest.approx(0.6192, abs=1e-3))
     assert held_out.interval(0.0, 64)[0] == 0
     assert math.isclose(held_out.interval(1.0, 64)[1], 1.0)
+
+
+def test_the_interval_of_a_mean_is_that_of_its_standard_error() -> None:
+    assert held_out.mean_interval(2.0, 4.0, 64) == (pytest.approx(1.02, abs=1e-3), pytest.approx(2.98, abs=1e-3))
+
+
+def evaluated(folder: Path, **shown: float) -> Path:
+    lines = [{"step": step, "eval_reward": step * 0.5, "eval_reward_std": 0.4, **shown} for step in range(2)]
+    (folder / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    return folder
+
+
+def test_which_rewards_are_shares_is_known_from_what_the_stage_declared(tmp_path: Path) -> None:
+    folder = evaluated(tmp_path, **{"eval_rewards/form/mean": 0.5, "eval_rewards/rm/mean": 0.5})
+    assert [one.is_share for one in held_out.measured(folder)] == [False] * 3
+    form = "{source: stagekit.verifiers:regex, name: form, weight: 0.0}"
+    (folder / "stage.yaml").write_text(f"method: {{reward: [{{source: 'stage:rm'}}, {form}]}}")
+    found = {one.name: one.is_share for one in held_out.measured(folder)}
+    assert found == {"reward": False, "rewards/form/mean": True, "rewards/rm/mean": False}
+    (folder / "stage.yaml").write_text("method: {reward: [{source: stagekit.verifiers:regex}]}")
+    assert [one.name for one in held_out.measured(folder) if one.is_share] == ["reward"]
+    assert held_out.told(folder)[0] == "reward: 0.000 (0.000 to 0.057) -> 0.500 (0.381 to 0.619)"
+
+
+def test_a_stage_that_did_not_evaluate_says_so_at_the_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    held_out.show(tmp_path)
+    assert "has no metrics.jsonl" in capsys.readouterr().out
 
 
 def test_a_folder_without_evaluations_is_told(tmp_path: Path) -> None:

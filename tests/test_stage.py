@@ -192,7 +192,7 @@ def test_a_method_may_be_named_by_its_type_alone() -> None:
     ("method", "message"),
     [
         ("dpoo", "unknown stage type 'dpoo'; did you mean 'dpo'?"),
-        ("self_rewarding", f"'self_rewarding' is planned, but not built yet; built are {', '.join(BUILT)}"),
+        ("merge", f"'merge' is planned, but not built yet; built are {', '.join(BUILT)}"),
         (5, "a method is a stage type's name or a mapping with type, not 5"),
     ],
 )  # fmt: skip

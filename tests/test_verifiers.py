@@ -4,10 +4,10 @@ from typing import Any
 
 import pytest
 
-from stagekit import ConfigError, TrainingStage
+from stagekit import ConfigError, TrainingStage, sandbox
 from stagekit.groups import RewardSource
 from stagekit.rewards import reward_of
-from stagekit.verifiers import exact, format, json_schema, last_number, numeric, regex
+from stagekit.verifiers import exact, format, json_schema, last_number, numeric, python_tests, regex
 
 
 def turns(text: str) -> list[dict[str, str]]:
@@ -96,6 +96,56 @@ def test_json_fits_its_schema_or_not(text: str, right: int) -> None:
 
 def test_without_a_schema_any_json_will_do() -> None:
     assert json_schema(["[1, 2]", "[1, 2"]) == [1, 0]
+
+
+ADDS = "```python\ndef add(a, b):\n    return a + b\n```"
+TESTS = ["assert add(1, 2) == 3", "assert add(0, 0) == 0", "assert add('a', 'b') == 'ba'", "assert add(1, 1) == 2"]
+
+
+def needs_a_sandbox() -> None:
+    if sandbox.refused():
+        pytest.skip(f"the kernel refuses a part of the sandbox here: {sandbox.refused()}")
+
+
+def test_code_is_rewarded_by_the_share_of_its_tests_or_by_all_of_them() -> None:
+    needs_a_sandbox()
+    texts = [ADDS, "def add(a, b):\n    return b + a", "I cannot.", "", "```python\ndef add(a, b): return 7\n```"]
+    given = {"tests": [TESTS] * 5, "wall_seconds": 120.0}
+    assert python_tests(texts, **given) == [0.75, 1, 0, 0, 0]
+    assert python_tests([turns(text) for text in texts], all_or_nothing=True, **given) == [0, 1, 0, 0, 0]
+
+
+def test_the_last_block_of_code_counts_whatever_stands_around_it() -> None:
+    needs_a_sandbox()
+    told = [
+        f"Not this:\n```\nx = 1\n```\nbut this:\n{ADDS}\nDone.",
+        f"{ADDS}\nIts output:\n```text\n3\n```",
+        f"{ADDS}\nand then\n```py\nx = 1\n```",
+        "<code>add = lambda a, b: a + b</code>",
+    ]
+    one = ["assert add(1, 2) == 3"]
+    given: dict[str, Any] = {"wall_seconds": 120.0}
+    assert python_tests(told, tests=[one] * 4, **given) == [1, 1, 0, 0]
+    assert python_tests(told[3:], tests=[one], extract="<code>(.*)</code>", **given) == [1]
+
+
+def test_a_text_is_one_test_and_may_be_a_script() -> None:
+    needs_a_sandbox()
+    script = "def check(candidate):\n    for a in range(9):\n        assert candidate(a, 1) == a + 1\n\ncheck(add)\n"
+    unit = (
+        "import unittest\nclass Case(unittest.TestCase):\n    def test_sum(self):\n"
+        "        self.assertEqual(add(2, 2), {})\nran = unittest.TextTestRunner().run(\n"
+        "    unittest.defaultTestLoader.loadTestsFromTestCase(Case))\nassert ran.wasSuccessful()\n"
+    )
+    given: dict[str, Any] = {"column": "check", "wall_seconds": 120.0}
+    found = python_tests([ADDS] * 4, check=[script, script + "x", unit.format(4), unit.format(5)], **given)
+    assert found == [1, 0, 1, 0]
+
+
+@pytest.mark.parametrize("given", [[], "", [""], [1], None, 3, ["pass", " "]])
+def test_a_row_without_tests_is_an_error(given: Any) -> None:
+    with pytest.raises(ConfigError, match=r"reward python_tests: .* in column 'tests' is no test"):
+        python_tests([ADDS], tests=[given])
 
 
 @pytest.mark.parametrize(

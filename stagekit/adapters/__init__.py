@@ -6,6 +6,7 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
+from stagekit.adapters.ai_feedback import AIFeedback
 from stagekit.adapters.base import Method
 from stagekit.adapters.constitutional import Constitutional
 from stagekit.adapters.custom import Custom
@@ -22,17 +23,20 @@ from stagekit.adapters.rejection_sampling import RejectionSampling
 from stagekit.adapters.reward import Reward
 from stagekit.adapters.rloo import RLOO
 from stagekit.adapters.self_play import SelfPlay
+from stagekit.adapters.self_rewarding import SelfRewarding
 from stagekit.adapters.sft import SFT
+from stagekit.adapters.synthetic_data import SyntheticData
 from stagekit.options import nearest, shown
 
 
 AnyMethod = (
     SFT | DPO | KTO | ORPO | CPO | SimPO | Reward | ProcessReward | PPO | GRPO | RLOO | OnlineDPO
-    | Constitutional
-    | RejectionSampling | SelfPlay | Distillation | Evaluation | Custom
+    | Constitutional | AIFeedback
+    | RejectionSampling | SelfPlay | SelfRewarding | Distillation | SyntheticData
+    | Evaluation | Custom
 )  # fmt: skip
 
-PLANNED = ("ai_feedback", "self_rewarding", "synthetic_data", "merge")
+PLANNED = ("merge",)
 """Stage types that have a name and nothing else yet."""
 
 METHODS: dict[str, type[Method]] = {cls.model_fields["type"].default: cls for cls in AnyMethod.__args__}

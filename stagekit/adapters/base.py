@@ -70,6 +70,8 @@ class Method(Tagged):
     """False for types whose policy is the one that came in."""
     reads: ClassVar[frozenset[str]] = frozenset()
     """Options that change the type's result although they change no other's (`metadata`)."""
+    batches_of: ClassVar[str] = "rows"
+    """What `batch_size` counts."""
     needs_data: ClassVar[bool] = True
     """Whether a stage of this type cannot do without `training_data`."""
     task: ClassVar[Literal["CAUSAL_LM", "SEQ_CLS", "TOKEN_CLS"]] = "CAUSAL_LM"
@@ -78,6 +80,12 @@ class Method(Tagged):
     """What training ends with, and the folder it is in. Only a policy is what later stages start from."""
     optional_columns: ClassVar[tuple[str, ...]] = ()
     """Columns of the training data that are read where they are there."""
+    validation_columns: ClassVar[Sequence[Sequence[str]] | None] = None
+    """The columns of validation data, where they are others than those of training data."""
+
+    def wanted_columns(self) -> Sequence[Sequence[str]]:
+        """`columns`, where the type's options name others."""
+        return self.columns
 
     def settings(self, stage: TrainingStage) -> Iterable[Setting]:
         """Arguments of the trainer's config that come from the method's own options. Pure."""
@@ -85,6 +93,11 @@ class Method(Tagged):
 
     def problems(self, stage: TrainingStage) -> Iterable[Problem]:
         """What cannot work, from the declaration alone; paths relative to the stage."""
+        return ()
+
+    def problems_of_sizes(self, stage: TrainingStage, processes: int) -> Iterable[Problem]:
+        """Sizes that do not divide over so many processes; paths relative to the stage. Asked once their number is
+        known: before a run, and by `check` and `plan`."""
         return ()
 
     def notes(self, stage: TrainingStage) -> Iterable[str]:

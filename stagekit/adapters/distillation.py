@@ -272,13 +272,12 @@ class Distillation(Method):
                 "teacher_quantization_config": quantization,
                 "on_asked": _progress(job),
             }
-        from stagekit.building import _device_map
-        from stagekit.models import load_policy
+        from stagekit.models import device_map, load_policy
         from stagekit.trainers.distillation import shared_vocabulary
 
         shared_vocabulary(job.tokenizer, teacher, None)
         if isinstance(teacher, str):
-            teacher = load_policy(teacher, dtype="auto", quantization=quantization, device_map=_device_map())
+            teacher = load_policy(teacher, dtype="auto", quantization=quantization, device_map=device_map())
         return {"teacher_model": teacher}
 
     def _teacher(self, job: "Job") -> Any:

@@ -34,8 +34,8 @@ class GRPO(Grouped):
     TRL: `beta`."""
 
     entropy_coefficient: NonNegativeFloat = 0.01
-    """Weight of the mean entropy per token, which is sought. Used where it is set; else 0, as in TRL. TRL:
-    `entropy_coef`."""
+    """Weight of the mean entropy per token, which is sought; the mean is of a batch of a process. Used where it is
+    set; else 0, as in TRL. TRL: `entropy_coef`."""
 
     epochs_per_batch: Positive = 4
     """Passes over the completions of one rollout. Used where it is set; else 1, as in TRL. TRL: `num_iterations`."""

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
 class PPO(Reinforcement):
     """Proximal policy optimisation with a value model. A completion is rewarded at its end, and pays at every token
-    for its divergence from the reference. A minibatch is batch_size * gradient_accumulation_steps completions."""
+    for its divergence from the reference. A minibatch is batch_size * gradient_accumulation_steps completions of each
+    process."""
 
     type: Literal["ppo"] = "ppo"
     """The stage type."""
@@ -30,7 +31,8 @@ class PPO(Reinforcement):
     """Weight of the value loss 0.5 (V - R)^2. TRL: `vf_coef`."""
 
     entropy_coefficient: NonNegativeFloat = 0.01
-    """Weight of the mean entropy per token, which is sought. TRL: `entropy_coef`."""
+    """Weight of the mean entropy per token, which is sought; the mean is of a batch of a process. TRL:
+    `entropy_coef`."""
 
     gae_lambda: Fraction = 0.95
     """Bias against variance of the advantages: 0 trusts the value model, 1 the rewards. TRL: `gae_lambda`."""

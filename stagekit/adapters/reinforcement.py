@@ -4,7 +4,7 @@ is."""
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from stagekit.adapters.base import Method, Setting, setting
@@ -12,6 +12,7 @@ from stagekit.adapters.references import reference_built, reference_callbacks, r
 from stagekit.errors import Problem
 from stagekit.groups import Generation, Rewards, RewardSource, is_function
 from stagekit.options import NonNegativeFloat, Positive, PositiveFloat
+from stagekit.reward_options import reward_problems
 
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ _OWNED = {
 """Arguments that stagekit must know, and the option that says each."""
 
 
-ONE_PROCESS = "stages that sample were checked in one process only; leave it out"
+ONE_PROCESS = "stages that write texts were checked in one process only; leave it out"
 
 
 class Scored(Method):
@@ -47,8 +48,9 @@ class Scored(Method):
 
     reward: Rewards = None
     """What scores completions: `stage:NAME` (a reward or process_reward stage), a reward model, a function
-    `package.module:function` as TRL calls it, a verifier (`exact`, `numeric`, `regex`, `json_schema`, `format`), or a
-    list of them, each `{source: ..., weight: ..., options: {...}}`."""
+    `package.module:function` as TRL calls it, a verifier (`exact`, `numeric`, `maths`, `regex`, `json_schema`,
+    `format`, `python_tests`), a reward of TRL (`accuracy_reward`, `think_format_reward`, ...), or a list of them, each
+    `{source: ..., weight: ..., options: {...}}`."""
 
     epochs_per_batch: Positive = 4
     """Passes over the completions of one rollout. TRL: `num_iterations`."""
@@ -58,8 +60,8 @@ class Scored(Method):
 
     default_learning_rate: ClassVar = 1e-6
     slots: ClassVar = frozenset({"model", "lora", "reference", "generation", "trl"})
-    refused: ClassVar = {"distributed_strategy": ONE_PROCESS}
     columns: ClassVar = (("prompt",),)
+    batches_of: ClassVar = "completions"
     metric_keys: ClassVar = {"loss": "eval_loss", "reward_score": "eval_reward", "custom": ""}
     tie: ClassVar[str] = "kl_penalty_coefficient"
     """The option that is TRL's `beta`."""
@@ -99,6 +101,8 @@ class Scored(Method):
 
     def problems(self, stage: TrainingStage) -> Iterable[Problem]:
         """A missing reward, sizes that do not divide, a reference that cannot be."""
+        from stagekit.distributed import splits
+
         if self.reward is None:
             yield Problem("method.reward", "missing; say what scores completions: stage:NAME, a model or a function")
         yield from reward_problems(self.reward or ())
@@ -107,6 +111,8 @@ class Scored(Method):
                 yield Problem(f"trl.{key}", f"belongs to {owner}")
         yield from self._sampling_problems(stage)
         yield from self._reference_problems(stage)
+        if not splits(stage):
+            yield from self.problems_of_sizes(stage, 1)
 
     def _sampling_problems(self, stage: TrainingStage) -> Iterable[Problem]:
         generation = stage.generation if stage.generation is not None else Generation()
@@ -117,12 +123,15 @@ class Scored(Method):
                 yield Problem(
                     f"generation.{option}", f"{stage.method.type} samples with TRL; see trl.use_vllm and the like"
                 )
-        unit = stage.batch_size * stage.gradient_accumulation_steps
-        if "rollout_samples" in self.model_fields_set and self.rollout_samples % unit:
+
+    def problems_of_sizes(self, stage: TrainingStage, processes: int) -> Iterable[Problem]:
+        """A rollout that is no whole minibatches."""
+        minibatch, what = minibatch_of(stage, processes)
+        if "rollout_samples" in self.model_fields_set and self.rollout_samples % minibatch:
             yield Problem(
                 "method.rollout_samples",
-                f"{self.rollout_samples} completions are no whole minibatches of {unit} "
-                "(batch_size * gradient_accumulation_steps)",
+                f"{self.rollout_samples} completions are no whole minibatches of {minibatch} ({what}); make it a "
+                "multiple",
             )
 
     def _reference_problems(self, stage: TrainingStage) -> Iterable[Problem]:
@@ -157,7 +166,7 @@ class Scored(Method):
             yield "lora.dropout is off, so that the policy that learns is the one that sampled; set it to have it"
 
     def rollout(self, minibatch: int, rows: int) -> int:
-        """Completions of a rollout, with so many in a minibatch, of `rows` prompts, in one process."""
+        """Completions of a rollout, with so many in a minibatch, of `rows` prompts; all over all processes."""
         return self.rollout_samples if "rollout_samples" in self.model_fields_set else minibatch
 
     def group(self) -> int:
@@ -166,7 +175,7 @@ class Scored(Method):
 
     def steps(self, given: Mapping[str, Any], rows: int, processes: int) -> int:
         """Optimiser steps of all epochs, in whole rollouts; prompts that fill none are left out."""
-        minibatch = given["per_device_train_batch_size"] * given["gradient_accumulation_steps"]
+        minibatch = given["per_device_train_batch_size"] * given["gradient_accumulation_steps"] * processes
         rollout = self.rollout(minibatch, rows)
         passes = self.epochs_per_batch if self._counts("epochs_per_batch") else 1
         steps: float = rows * self.group() // rollout * passes * (rollout // minibatch) * given["num_train_epochs"]
@@ -211,31 +220,22 @@ class Scored(Method):
         return reference_callbacks(job)
 
     def built(self, job: Job, trainer: Any) -> None:
-        """The reference as declared; and how large a rollout is."""
+        """The reference as declared; how large a rollout is, and how many prompts an epoch leaves out."""
         reference_built(job, trainer)
         args = trainer.args
         updates = trainer.num_iterations * args.steps_per_generation / args.gradient_accumulation_steps
         job.show.line(f"  a rollout is {args.generation_batch_size} completions, used for {updates:g} steps")
+        rows, prompts = len(trainer.train_dataset), args.generation_batch_size // self.group()
+        if rows % prompts and not job.stage.is_evaluation_only:
+            job.show.line(
+                f"  an epoch leaves out {rows % prompts} of {rows} prompts: a rollout takes {prompts}, whole"
+            )
 
 
-def reward_problems(rewards: Sequence[RewardSource]) -> Iterable[Problem]:
-    """Options that a reward has no use for; paths relative to the stage."""
-    for number, reward in enumerate(rewards):
-        yield from _options_problems(reward, f"method.reward.{number}" if len(rewards) > 1 else "method.reward")
-
-
-def _options_problems(reward: RewardSource, path: str) -> Iterable[Problem]:
-    if reward.options and not is_function(reward.source):
-        yield Problem(f"{path}.options", "are arguments of a function; a reward model has none")
-    kit = "stagekit.verifiers:"
-    if isinstance(reward.source, str) and reward.source.startswith(kit):
-        from stagekit import verifiers
-        from stagekit.rewards import unknown_options
-
-        verifier = reward.source.removeprefix(kit)
-        function = getattr(verifiers, verifier, None)
-        for name in unknown_options(function, reward.options) if function is not None else ():
-            yield Problem(f"{path}.options.{name}", f"{verifier} has no such option")
+def minibatch_of(stage: TrainingStage, processes: int) -> tuple[int, str]:
+    """Completions of an optimiser step, over all processes, and the options that make them."""
+    size = stage.batch_size * stage.gradient_accumulation_steps * processes
+    return size, "batch_size * gradient_accumulation_steps" + (f" * {processes} processes" if processes > 1 else "")
 
 
 def _drops_out(stage: TrainingStage) -> bool:
@@ -301,11 +301,14 @@ class Grouped(Reinforcement):
             yield Problem(
                 "method.group_size", "1 compares a completion with itself, which teaches nothing; at least 2"
             )
-            return
-        rollout = self.rollout(stage.batch_size * stage.gradient_accumulation_steps, 0)
+
+    def problems_of_sizes(self, stage: TrainingStage, processes: int) -> Iterable[Problem]:
+        """Rollouts that hold parts of groups. A group may lie on several processes."""
+        yield from super().problems_of_sizes(stage, processes)
+        minibatch, what = minibatch_of(stage, processes)
+        rollout = self.rollout(minibatch, 0)
         if rollout % self.group_size:
-            given = "rollout_samples" in self.model_fields_set
-            size = "rollout_samples" if given else "batch_size * gradient_accumulation_steps"
+            size = "rollout_samples" if "rollout_samples" in self.model_fields_set else what
             yield Problem(
                 "method.group_size",
                 f"a rollout of {rollout} completions ({size}) holds no whole groups of "

@@ -4,10 +4,11 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from stagekit.adapters.base import Method
-from stagekit.adapters.reinforcement import ONE_PROCESS, reward_problems
+from stagekit.adapters.reinforcement import ONE_PROCESS
 from stagekit.errors import Problem
 from stagekit.groups import Generation, Rewards, is_function, is_server
 from stagekit.options import Positive
+from stagekit.reward_options import counts_tokens, reward_problems
 
 
 if TYPE_CHECKING:
@@ -26,9 +27,9 @@ class RejectionSampling(Method):
 
     reward: Rewards = None
     """What scores the answers: a function `f(prompts, completions, **columns) -> list[float | None]`, a verifier
-    (`exact`, `numeric`, ...), a reward model (`stage:NAME`, a path), or a list of them with weights. Needed.
-    A reward that raises or gives NaN stops the stage; None leaves an answer out. The data's other columns reach a
-    function by name; of a mix of sets, only `source`."""
+    (`exact`, `maths`, `python_tests`, ...), a reward of TRL (`accuracy_reward`, ...), a reward model (`stage:NAME`, a
+    path), or a list of them with weights. Needed. A reward that raises or gives NaN stops the stage; None leaves an
+    answer out. The data's other columns reach a function by name; of a mix of sets, only `source`."""
 
     n: Positive = 10
     """Answers sampled for every prompt, 4 to 32. A prompt that stands twice in the data is sampled twice as often."""
@@ -70,6 +71,8 @@ class RejectionSampling(Method):
                 "method.reward", "missing; say what scores the answers: a function, stage:NAME, or a reward model"
             )
         yield from reward_problems(self.reward or ())
+        if any(counts_tokens(reward) for reward in self.reward or ()):
+            yield Problem("method.reward", "what TRL's get_ functions make counts tokens, and texts are scored here")
         if self.top_k > self.n:
             yield Problem("method.top_k", f"{self.top_k} answers cannot be kept of n = {self.n}")
         generation = stage.generation or Generation()

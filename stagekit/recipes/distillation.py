@@ -1,8 +1,9 @@
 """Distillation: a teacher learns a small task, a student of half its layers learns from it, and both are compared.
 
 Stage `teacher` fine-tunes a model on sums; stage `student` starts as every other block of it and learns its
-distribution and hidden states beside the labels; stage `compare` measures size, speed and what was retained on sums
-that neither has seen. Source: huggingface.co/papers/1503.02531, huggingface.co/papers/1910.01108.
+distribution and hidden states beside the labels; stage `control` is the same student on the labels alone; stage
+`compare` measures size, speed and what was retained on sums that none of them has seen, and prints it. Source:
+huggingface.co/papers/1503.02531, huggingface.co/papers/1910.01108.
 
     python -m stagekit.recipes.distillation
 """
@@ -46,6 +47,7 @@ def pipeline(
     """
     shared: dict[str, Any] = {
         "training_data": data,
+        "max_training_samples": 176,
         "batch_size": 8,
         "use_mixed_precision": True,
         "mixed_precision_dtype": "bf16",
@@ -56,7 +58,15 @@ def pipeline(
         description="learn the task",
         method=SFT(),
         lora=LoRA(rank=16, alpha=32, dropout=0.0, target_modules="all-linear", merge=True),
-        epochs=2,
+        epochs=1,
+        **shared,
+    )
+    control = TrainingStage(
+        name="control",
+        description="the student's start, rows and steps without the teacher: sft",
+        method=Distillation(teacher="stage:teacher", init_student=InitStudent(layers=layers), alpha=0.0),
+        learning_rate=3e-4,
+        epochs=1,
         **shared,
     )
     student = TrainingStage(
@@ -66,7 +76,7 @@ def pipeline(
             teacher="stage:teacher", init_student=InitStudent(layers=layers), alpha=0.7, hidden_states=True
         ),
         learning_rate=3e-4,
-        epochs=4,
+        epochs=1,
         **shared,
     )
     compare = TrainingStage(
@@ -76,32 +86,73 @@ def pipeline(
         validation_data=held_out,
     )
     return TrainingPipeline(
-        name="distillation", model=model, output_dir=Path(output_dir), stages=(teacher, student, compare)
+        name="distillation", model=model, output_dir=Path(output_dir), stages=(teacher, control, student, compare)
     )
 
 
 def compare(context: CustomContext) -> dict[str, Any]:
-    """Measure the stages `teacher` and `student`, and the student before it learnt, on the held-out rows.
+    """Measure the stages `teacher`, `control` and `student`, and the student before it learnt, on the held-out rows.
 
     `..._exact` is the share of answers that are the data's, greedily; `..._nll` the mean over their tokens;
-    `retention` how much of the way from the untaught student's nll to the teacher's was gone, and is left out where
-    the teacher is no better than the untaught student. Seconds are of all cores together.
+    `..._retention` how much of the way from the untaught student's nll to the teacher's was gone, and is left out
+    where the teacher is no better than the untaught student. Seconds are of all cores together.
     """
     student = context.results["student"].policy
-    teacher = context.results["teacher"].policy
-    if student is None or teacher is None:
-        raise ValueError("the stages teacher and student left no models to compare")
+    folders = {
+        "teacher": context.results["teacher"].policy,
+        "student": student,
+        "control": context.results["control"].policy,
+        "start": str(Path(student).parent / "student") if student is not None else None,
+    }
+    missing = [name for name, folder in folders.items() if folder is None]
+    if missing:
+        raise ValueError(f"no model to compare was left by {', '.join(missing)}")
     rows = list(context.eval_dataset)
-    folders = {"teacher": teacher, "student": student, "start": str(Path(student).parent / "student")}
-    found: dict[str, float] = {}
-    for name, folder in folders.items():
-        found.update({f"{name}_{key}": value for key, value in _measure(folder, rows, context.seed).items()})
+    measured = {name: _measure(str(folder), rows, context.seed) for name, folder in folders.items()}
+    gap = measured["start"]["nll"] - measured["teacher"]["nll"]
+    for name in ("student", "control"):
+        if gap > 0:
+            measured[name]["retention"] = (measured["start"]["nll"] - measured[name]["nll"]) / gap
+    _show(measured, len(rows))
+    found = {f"{name}_{key}": value for name, values in measured.items() for key, value in values.items()}
     found["size_ratio"] = found["student_parameters"] / found["teacher_parameters"]
     found["speed_ratio"] = found["teacher_seconds_per_token"] / found["student_seconds_per_token"]
-    gap = found["start_nll"] - found["teacher_nll"]
-    if gap > 0:
-        found["retention"] = (found["start_nll"] - found["student_nll"]) / gap
     return {"metrics": found}
+
+
+_TOLD = {
+    "teacher": "teacher",
+    "student": "student, distilled",
+    "control": "the same on labels alone",
+    "start": "the same before it learnt",
+}
+
+
+def _show(measured: Mapping[str, Mapping[str, float]], rows: int) -> None:
+    """Print size, speed and quality of every model."""
+    from stagekit.show import Show
+
+    lines = []
+    for name, told in _TOLD.items():
+        one = measured[name]
+        retained = f"{one['retention']:.0%}" if "retention" in one else "-"
+        lines.append(
+            (
+                told,
+                f"{one['parameters'] / 1e6:.4g} M",
+                f"{1 / one['seconds_per_token']:.0f}",
+                f"{one['exact']:.0%}",
+                f"{one['nll']:.3f}",
+                retained,
+            )
+        )
+    show = Show()
+    show.line()
+    show.table(
+        f"on {rows} sums that no model has learnt",
+        ("model", "parameters", "tokens per CPU second", "right", "nll", "retained"),
+        lines,
+    )
 
 
 def _measure(folder: str, rows: Sequence[Mapping[str, Any]], seed: int) -> dict[str, float]:

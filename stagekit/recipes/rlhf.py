@@ -16,6 +16,7 @@ from stagekit.adapters.ppo import PPO
 from stagekit.adapters.reward import Reward
 from stagekit.groups import Generation, LoRA, RewardSource
 from stagekit.pipeline import TrainingPipeline
+from stagekit.recipes.held_out import show
 from stagekit.recipes.launch import launch
 from stagekit.recipes.rlvr import HELD_OUT, PROMPTS, RULE, SHOWN, SMOLLM2
 from stagekit.stage import TrainingStage
@@ -43,14 +44,15 @@ def pipeline(
         output_dir: The run folder.
     """
     form = RewardSource("regex", name="form", weight=0.0, options={"pattern": RULE, "whole": True})
-    adapter, cut = LoRA(rank=16, alpha=32), {"max_length": 256}
+    shape, cut = {"rank": 16, "alpha": 32, "target_modules": "all-linear"}, {"max_length": 256}
     sft = TrainingStage(
         name="sft",
         description="learn from demonstrations",
         training_data=demonstrations,
-        epochs=2,
+        epochs=4,
         batch_size=4,
-        lora=adapter,
+        learning_rate=5e-4,
+        lora=LoRA(**shape),
         logging_steps=4,
         trl=cut,
     )
@@ -59,9 +61,12 @@ def pipeline(
         description="learn which of two answers is better",
         method=Reward(center_rewards=0.01),
         training_data=pairs,
-        epochs=2,
+        epochs=1,
         batch_size=8,
-        lora=adapter,
+        learning_rate=3e-4,
+        use_mixed_precision=True,
+        mixed_precision_dtype="bf16",
+        lora=LoRA(**shape),
         logging_steps=4,
         trl=cut,
     )
@@ -73,18 +78,19 @@ def pipeline(
             missing_eos_penalty=1.0, kl_penalty_coefficient=0.02),
         training_data=prompts,
         validation_data=held_out,
-        evaluation_steps=32, early_stopping=None,
+        evaluation_steps=24, early_stopping=None,
         generation=Generation(max_new_tokens=40),
-        lora=LoRA(rank=16, alpha=32, merge=True),
-        learning_rate=5e-5,
-        epochs=1, max_steps=64,
+        lora=LoRA(**shape, merge=True),
+        learning_rate=2e-4,
+        use_mixed_precision=True, mixed_precision_dtype="bf16",
+        epochs=1, max_steps=24,
         batch_size=16,
         logging_steps=1,
-        checkpoint_save_steps=16,
+        checkpoint_save_steps=12,
         trl={"eval_on_start": True},
     )  # fmt: skip
     return TrainingPipeline(name="rlhf", model=model, output_dir=Path(output_dir), stages=(sft, reward, ppo))
 
 
 if __name__ == "__main__":
-    sys.exit(launch(pipeline, "rlhf", "SFT, a reward model and PPO on a small model."))
+    sys.exit(launch(pipeline, "rlhf", "SFT, a reward model and PPO on a small model.", after=show))

@@ -14,6 +14,7 @@ from typing import Any
 from stagekit.adapters.grpo import GRPO
 from stagekit.groups import Generation, LoRA, RewardSource
 from stagekit.pipeline import TrainingPipeline
+from stagekit.recipes.held_out import show
 from stagekit.recipes.launch import launch
 from stagekit.stage import TrainingStage
 
@@ -44,14 +45,16 @@ def pipeline(
         reward: What checks an answer. None = the rule above.
         output_dir: The run folder.
     """
+    adapter = {"rank": 16, "alpha": 32, "target_modules": "all-linear"}
     rule = RewardSource("regex", options={"pattern": RULE, "whole": True})
     sft = TrainingStage(
         name="sft",
         description="see lists of three, some in the wanted form",
         training_data=shown,
-        epochs=2,
+        epochs=4,
         batch_size=4,
-        lora=LoRA(rank=16, alpha=32),
+        learning_rate=5e-4,
+        lora=LoRA(**adapter),
         logging_steps=4,
         trl={"max_length": 256},
     )
@@ -61,20 +64,22 @@ def pipeline(
         method=GRPO(reward=reward if reward is not None else rule, group_size=8),
         training_data=prompts,
         validation_data=held_out,
-        evaluation_steps=24,
+        evaluation_steps=20,
         early_stopping=None,
         generation=Generation(max_new_tokens=40),
-        lora=LoRA(rank=16, alpha=32, merge=True),
-        learning_rate=5e-5,
+        lora=LoRA(**adapter, merge=True),
+        learning_rate=3e-4,
         epochs=1,
-        max_steps=48,
+        max_steps=20,
         batch_size=16,
         logging_steps=1,
-        checkpoint_save_steps=12,
+        checkpoint_save_steps=10,
+        use_mixed_precision=True,
+        mixed_precision_dtype="bf16",
         trl={"eval_on_start": True},
     )
     return TrainingPipeline(name="rlvr", model=model, output_dir=Path(output_dir), stages=(sft, grpo))
 
 
 if __name__ == "__main__":
-    sys.exit(launch(pipeline, "rlvr", "SFT, then GRPO with a verifiable format rule, on a small model."))
+    sys.exit(launch(pipeline, "rlvr", "SFT, then GRPO with a verifiable format rule, on a small model.", after=show))

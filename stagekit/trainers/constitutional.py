@@ -5,9 +5,10 @@ Round r asks, with a principle drawn for (seed, prompt, r):
     [fewshot ...] x | assistant: y_{r-1} | user: critique request | assistant: -> c_r
     [fewshot ...] x | assistant: y_{r-1} | user: critique request | assistant: c_r | user: revision request | -> y_r
 
-and the next round starts again from `x | assistant: y_r`. Each phase (all answers; per round all critiques, then all
-revisions) is laid out as a whole, batched as a whole, and written batch by batch to a journal; batches that are in the
-journal are not made again, and each batch has its own seed. So a run that was killed goes on to the same texts.
+and the next round starts again from `x | assistant: y_r`. A round of a group of prompts is one batch of the journal:
+its critiques and revisions, in the first round its answers too, so that a model need not read again in one turn what
+it read or wrote in the one before. A batch is whole or made anew, and each turn has its own seed, so a run that was
+killed goes on to the same texts. Prompts that are only answered have batches of their own.
 
 Source: https://huggingface.co/papers/2212.08073, sections 3.1 and 3.5.
 """
@@ -20,7 +21,7 @@ from stagekit.counters import digest_of, draw
 from stagekit.errors import ConfigError, Problem
 from stagekit.journal import Journal, Record
 from stagekit.principles import DEFAULT_PRINCIPLES, Principle, principles_from
-from stagekit.requests import Generator, Message
+from stagekit.requests import Generator, Message, Request, plan_batches
 from stagekit.trainers.constitutional_rows import (
     Prompt,
     Revisions,
@@ -37,7 +38,7 @@ from stagekit.trainers.constitutional_rows import (
     strip_lead_in,
     wrong_with,
 )
-from stagekit.writer import Ask, Progress, Writer
+from stagekit.writer import Ask, Progress, Turn, Writer
 
 
 __all__ = [
@@ -76,8 +77,9 @@ def plan_digest(
     fewshot: Sequence[Message] = (),
 ) -> str:
     """The digest to open the journal under: all that decides which texts `revise` writes."""
+    revised = any(prompt.revise for prompt in prompts)
     return digest_of(
-        "constitutional",
+        "constitutional, a round is a batch" if revised else "constitutional",
         [[_prompt_id(prompt), prompt.revise] for prompt in prompts],
         [policy.fingerprint, critic.fingerprint if critic is not None else None],
         [[p.name, p.critique_request, p.revision_request] for p in principles],
@@ -107,11 +109,12 @@ def revise(
     Args:
         critic: writes the critiques; None: the policy. Only messages pass between the two, never token ids.
         journal: opened under `plan_digest` of the same arguments. Texts that it holds are not generated again.
+        batch_tokens: bounds a batch: its rows times the longest conversation of the round, all texts at their caps.
         max_new_tokens: of an answer and of a revision. Be generous: what is cut gives no row.
         fewshot: a conversation put in front of critiques and revisions (after a system message), to show the roles;
             left out for a prompt whose conversation would not fit into the context with it.
         on_batch: called after each batch that was generated.
-        should_stop: asked before each batch; True raises Interrupted, with all batches so far in the journal.
+        should_stop: asked before each turn of a batch; True raises Interrupted, with all whole batches in the journal.
 
     Raises:
         ConfigError: no rounds, no principles, or a prompt that does not end with the user's turn.
@@ -149,8 +152,10 @@ class _Chain:
     fewshot: tuple[Message, ...]
     initial: Text | None = None
     current: str = ""
+    tokens: int = 0  # of the current answer
     drop: str | None = None
     rounds: list[Round] = field(default_factory=list)
+    lengths: dict[int, int] = field(default_factory=dict)  # round -> tokens of its conversation without the texts
 
     def conversation(self, *turns: str) -> tuple[Message, ...]:
         """The prompt and then `turns`, by the assistant and by the user in turn, after the few-shot examples."""
@@ -198,45 +203,72 @@ class _Walk:
                 chain.drop = "too_long"
 
     def run(self, prompts: Sequence[Prompt], policy: Generator | None, critic: Generator | None) -> Revisions:
-        """All phases; without generators only what the journal holds."""
-        self._answer(policy)
+        """All rounds, and the prompts that are only answered; without generators only what the journal holds."""
         for number in range(1, self.rounds + 1):
-            critiques = self._criticise(number, critic)
-            self._revise(number, policy, critiques)
+            self._round(number, policy, critic)
+        self._answer_only(policy)
         traces = []
         for prompt in prompts:
             chain = self.chains[_prompt_id(prompt), prompt.revise]
             traces.append(Trace(prompt, chain.initial, tuple(chain.rounds), chain.drop))
         return Revisions(tuple(traces), self.rounds)
 
-    def _answer(self, policy: Generator | None) -> None:
-        open_chains = [chain for chain in self.chains.values() if chain.drop is None]
-        asks = {
-            key: _ask(key, chain, chain.prompt.messages, "initial", 0)
-            for chain in open_chains
-            if (key := self._key(chain, 0, "initial"))
-        }
-        records = self.writer.write(list(asks.values()), "initial", 0, policy, self.max_new_tokens)
-        for chain in open_chains:
+    def _round(self, number: int, policy: Generator | None, critic: Generator | None) -> None:
+        """A round of all prompts that are revised, group by group."""
+        chains = {chain.prompt_id: chain for chain in self._open(revise=True)}
+        groups = [list(chains)] if chains else []
+        generators = []
+        if policy is not None and critic is not None:
+            generators = [policy, critic]
+            lengths = {name: self._longest(chain, number) for name, chain in chains.items()}
+            wanted = [Request(name, (), 0) for name in chains]
+            batches = plan_batches(wanted, lengths, self.writer.batch_tokens)
+            groups = [[request.key for request in batch] for batch in batches]
+
+        def talk(names: Sequence[str], turn: Turn) -> None:
+            group = [chains[name] for name in names]
+            if number == 1:
+                self._answer(group, turn(self._answer_asks(group), policy, self.max_new_tokens))
+                group = [chain for chain in group if chain.drop is None]
+            critiques = self._criticise(group, number, critic, turn)
+            self._revise(group, number, policy, critiques, turn)
+
+        self.writer.converse(groups, number, generators, talk)
+
+    def _answer_only(self, policy: Generator | None) -> None:
+        """Answer the prompts that are not revised, but for those that are answered as ones that are."""
+        chains = self._open(revise=False)
+        twins = {one.prompt_id for one in self.chains.values() if one.prompt.revise and one.initial is not None}
+        asks = self._answer_asks([one for one in chains if one.prompt_id not in twins])
+        self.writer.write(asks, "initial", 0, policy, self.max_new_tokens)
+        records = ((key, self.writer.journal.get(key)) for key in (self._key(one, 0, "initial") for one in chains))
+        self._answer(chains, {key: record for key, record in records if record is not None})
+
+    def _answer_asks(self, chains: Sequence[_Chain]) -> list[Ask]:
+        return [_ask(self._key(one, 0, "initial"), one, one.prompt.messages, "initial", 0) for one in chains]
+
+    def _answer(self, chains: Sequence[_Chain], records: Mapping[str, Record]) -> None:
+        """Take in the first answers."""
+        for chain in chains:
             record = records.get(self._key(chain, 0, "initial"))
             if record is None:
                 chain.drop = "too_long"
                 continue
             chain.initial = _text(record)
-            chain.current = chain.initial.text
+            chain.current, chain.tokens = chain.initial.text, chain.initial.new_tokens
             if record["finish_reason"] == "error":
                 chain.drop = "error"
             elif not chain.current:
                 chain.drop = "empty_answer"
 
-    def _criticise(self, number: int, critic: Generator | None) -> dict[str, Text | None]:
+    def _criticise(
+        self, chains: Sequence[_Chain], number: int, critic: Generator | None, turn: Turn
+    ) -> dict[str, Text | None]:
         """Prompt id -> critique; None where two tries gave nothing. A prompt that is missing was too long."""
         critiques: dict[str, Text | None] = {}
-        chains = self._revised()
         for attempt in (0, 1):
             asks = {chain.prompt_id: self._critique_ask(chain, number, attempt) for chain in chains}
-            cap = self.max_critique_tokens
-            records = self.writer.write(list(asks.values()), "critique", number, critic, cap)
+            records = turn(list(asks.values()), critic, self.max_critique_tokens)
             for prompt_id, ask in asks.items():
                 if ask.key in records:
                     critiques[prompt_id] = _usable(records[ask.key])
@@ -249,14 +281,20 @@ class _Walk:
         key = self._key(chain, number, "critique", attempt)
         return _ask(key, chain, messages, "critique", number, principle.name, principle.critique_request)
 
-    def _revise(self, number: int, policy: Generator | None, critiques: Mapping[str, Text | None]) -> None:
-        chains = self._revised()
+    def _revise(
+        self,
+        chains: Sequence[_Chain],
+        number: int,
+        policy: Generator | None,
+        critiques: Mapping[str, Text | None],
+        turn: Turn,
+    ) -> None:
         asks = {
             chain.prompt_id: self._revision_ask(chain, number, critiques[chain.prompt_id])
             for chain in chains
             if chain.prompt_id in critiques
         }
-        records = self.writer.write(list(asks.values()), "revision", number, policy, self.max_new_tokens)
+        records = turn(list(asks.values()), policy, self.max_new_tokens)
         for chain in chains:
             ask = asks.get(chain.prompt_id)
             record = records.get(ask.key) if ask is not None else None
@@ -286,10 +324,10 @@ class _Walk:
         like = is_critique_like(revision.text)
         chain.rounds.append(Round(number, name, critique, revision, drop, critique is None, equal, like))
         if drop in (None, "truncated"):
-            chain.current = revision.text
+            chain.current, chain.tokens = revision.text, revision.new_tokens
 
-    def _revised(self) -> list[_Chain]:
-        return [chain for chain in self.chains.values() if chain.prompt.revise and chain.drop is None]
+    def _open(self, revise: bool) -> list[_Chain]:
+        return [one for one in self.chains.values() if one.prompt.revise is revise and one.drop is None]
 
     def _principle(self, chain: _Chain, number: int) -> Principle:
         place = draw(self.seed, "principle", chain.prompt_id, str(number))
@@ -302,17 +340,22 @@ class _Walk:
         """Whether the longest conversation of any round fits, all texts at their caps."""
         if not chain.prompt.revise:
             return _within(policy, chain.prompt.messages, self.max_new_tokens)
-        principles = [self._principle(chain, number) for number in range(1, self.rounds + 1)]
         answered = self.max_new_tokens + self.max_critique_tokens
-        return all(
-            _within(critic, chain.conversation("", p.critique_request), answered)
-            and _within(
-                policy,
-                chain.conversation("", p.critique_request, "", p.revision_request),
-                answered + self.max_new_tokens,
-            )
-            for p in principles
-        )
+        for number in range(1, self.rounds + 1):
+            principle = self._principle(chain, number)
+            asked = ("", principle.critique_request)
+            whole = chain.conversation(*asked, "", principle.revision_request)
+            chain.lengths[number] = policy.prompt_length(whole)
+            if not _is_within(policy, chain.lengths[number] + answered + self.max_new_tokens):
+                return False
+            if critic is not policy and not _within(critic, chain.conversation(*asked), answered):
+                return False
+        return True
+
+    def _longest(self, chain: _Chain, number: int) -> int:
+        """The tokens of a round's longest conversation, with the texts at their caps that are not written yet."""
+        answer = self.max_new_tokens if chain.initial is None else chain.tokens
+        return chain.lengths[number] + answer + self.max_critique_tokens + self.max_new_tokens
 
 
 def _ask(
@@ -331,12 +374,15 @@ def _ask(
         "principle": principle,
         "request": request,
     }
-    return Ask(key, messages, facts)
+    return Ask(key, messages, facts, chain.prompt_id)
 
 
 def _within(generator: Generator, messages: Sequence[Message], more: int) -> bool:
-    limit = generator.context_length
-    return limit is None or generator.prompt_length(messages) + more <= limit
+    return generator.context_length is None or _is_within(generator, generator.prompt_length(messages) + more)
+
+
+def _is_within(generator: Generator, tokens: int) -> bool:
+    return generator.context_length is None or tokens <= generator.context_length
 
 
 def _prompt_id(prompt: Prompt) -> str:

@@ -33,7 +33,15 @@ from stagekit.errors import ConfigError, StageError
 from stagekit.generation import weights_fingerprint
 from stagekit.models import model_fingerprint
 from stagekit.trainers.distillation_cache import COLUMN, KeptTargets, Targets, WithRows, by_row, top_k
-from stagekit.trainers.distillation_head import Lesson, add_distilling_head, base_of, check_head, head_of
+from stagekit.trainers.distillation_head import (
+    Lesson,
+    add_distilling_head,
+    at_places,
+    base_of,
+    check_head,
+    head_of,
+    predicting,
+)
 
 
 PROJECTIONS = "projections.safetensors"
@@ -128,7 +136,7 @@ class DistillationTrainer(SFTTrainer):  # type: ignore[misc]
         on_asked: Callable[[int, int], None] | None = None,
         **arguments: Any,
     ) -> None:
-        _check(args)
+        _check(args, arguments.get("compute_loss_func"))
         self.teacher: Any = None
         self.layer_pairs: list[tuple[int, int]] = []
         self.projections = torch.nn.ModuleDict()
@@ -159,16 +167,16 @@ class DistillationTrainer(SFTTrainer):  # type: ignore[misc]
         lesson = self._lesson(inputs) if rows is None else self._kept_lesson(rows, inputs["labels"])
         student = _Taught(model, lesson)
         result = super().compute_loss(student, inputs, return_outputs, num_items_in_batch)
-        hard, out = (result[0] if return_outputs else result), student.output
+        out = student.output
         tokens = out.label_mask.sum()
         shared = tokens.clamp(min=1) if num_items_in_batch is None else num_items_in_batch
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             shared = shared / self.accelerator.num_processes  # gradients are averaged over the processes
-        alpha, scale, weight = self.args.alpha, self.args.temperature**2, self.args.hidden_weight
-        soft = scale * out.soft.sum()
-        taught = soft if out.hidden is None else soft + weight * out.hidden
-        self._log_parts(tokens, soft, out.hidden, -out.log_probs.sum())
-        loss = alpha * taught / shared + (1 - alpha) * hard
+        self._log_parts(tokens, self.args.temperature**2 * out.soft.sum(), out.hidden, -out.log_probs.sum())
+        summed = out.objective
+        if out.hidden is not None:
+            summed = summed + self.args.alpha * self.args.hidden_weight * out.hidden.to(summed.device)
+        loss = summed / shared
         return (loss, result[1]) if return_outputs else loss
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
@@ -194,12 +202,15 @@ class DistillationTrainer(SFTTrainer):  # type: ignore[misc]
         if self.teacher is None:  # it had a cache of other data, and is asked about these now
             self._load_teacher()
         last, states = self._teacher_states(inputs)
-        return Lesson(
+        return self._lesson_of(
             lambda logits, rows: self._soft(logits, Targets(None, self._teacher_logps(last[rows]))),
             partial(self._hidden, states) if self.layer_pairs else None,
-            tuple(student for _, student in self.layer_pairs),
-            self.args.chunk_tokens,
         )
+
+    def _lesson_of(self, soft: Callable[..., torch.Tensor], hidden: Callable[..., torch.Tensor] | None) -> Lesson:
+        alpha, temperature = self.args.alpha, self.args.temperature
+        layers = tuple(student for _, student in self.layer_pairs)
+        return Lesson(soft, alpha * temperature**2, 1 - alpha, hidden, layers, self.args.chunk_tokens)
 
     def _kept_lesson(self, rows: torch.Tensor, labels: torch.Tensor) -> Lesson:
         """The teacher's part of a batch as it was kept."""
@@ -207,21 +218,19 @@ class DistillationTrainer(SFTTrainer):  # type: ignore[misc]
         tokens = int((labels[:, 1:] != -100).sum())
         if len(targets.logps) != tokens:
             raise StageError(f"teacher_cache: holds {len(targets.logps)} tokens of a batch of {tokens}; delete it")
-        return Lesson(
-            lambda logits, rows: self._soft(logits, targets.at(rows, logits.device)), None, (), self.args.chunk_tokens
-        )
+        return self._lesson_of(lambda logits, rows: self._soft(logits, targets.at(rows, logits.device)), None)
 
     @torch.no_grad()
     def _teacher_states(self, inputs: Mapping[str, Any]) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """The teacher's last hidden states, and those of its mapped blocks, at the N tokens: (N, H) each."""
-        mask = inputs["labels"][:, 1:] != -100
+        places = predicting(inputs["labels"])
         given = {name: inputs[name] for name in _INPUTS if name in inputs}
-        with _without_autocast(mask.device):
+        with _without_autocast(places.device):
             out = base_of(self.teacher).base_model(
                 **given, use_cache=False, output_hidden_states=bool(self.layer_pairs)
             )
         states = [out.last_hidden_state, *(out.hidden_states[layer + 1] for layer, _ in self.layer_pairs)]
-        last, *mapped = (state[:, :-1][mask.to(state.device)] for state in states)
+        last, *mapped = (at_places(state, places) for state in states)
         return last, mapped
 
     @torch.no_grad()
@@ -373,8 +382,8 @@ def _without_autocast(device: torch.device) -> Any:
     return torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else nullcontext()
 
 
-def _check(args: DistillationConfig) -> None:
-    """What the config's fields alone can be."""
+def _check(args: DistillationConfig, own_loss: Any) -> None:
+    """What the config's fields can be, and that no other loss is asked for beside this one."""
     if not 0 <= args.alpha <= 1:
         raise ConfigError(f"alpha: {args.alpha} is no share; it must be between 0 and 1")
     if not 0 < args.temperature <= MAX_TEMPERATURE:
@@ -388,6 +397,16 @@ def _check(args: DistillationConfig) -> None:
         raise ConfigError(f"mixture: {args.mixture} must be between 0 and 1, for {' or '.join(MIXTURE)}")
     if args.hidden_loss not in ("rms_mse", "mse", "cosine"):
         raise ConfigError(f"hidden_loss: {args.hidden_loss!r} is none of rms_mse, mse, cosine")
+    if args.alpha > 0 and args.loss_type != "nll":
+        raise ConfigError(
+            f"loss_type: {args.loss_type!r} is no likelihood of the labels; only 'nll' is distilled with"
+        )
+    if args.alpha > 0 and args.label_smoothing_factor:
+        raise ConfigError(
+            "label_smoothing_factor: has no effect beside a teacher, who smooths the labels; leave it out"
+        )
+    if args.alpha > 0 and own_loss is not None:
+        raise ConfigError("compute_loss_func: takes the place of the loss that is distilled with; leave it out")
     for name in ("chunk_tokens", "cache_top_k"):
         if getattr(args, name) < 1:
             raise ConfigError(f"{name}: {getattr(args, name)} must be at least 1")

@@ -146,16 +146,24 @@ def open_cache(parent: Path, key: Mapping[str, Any]) -> TeacherCache | None:
         return None
     try:
         index = json.loads((folder / _INDEX).read_text(encoding="utf-8"))
-        whole = index["key"] == text and all(
-            fingerprint_of_path(folder / shard["file"]) == shard["sha256"] for shard in index["shards"]
+        whole = (
+            index["sha256"] == _checksum(index)
+            and index["key"] == text
+            and all(fingerprint_of_path(folder / shard["file"]) == shard["sha256"] for shard in index["shards"])
         )
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         warnings.warn(f"{folder} cannot be read ({error}); the teacher is asked again", stacklevel=2)
         return None
     if not whole:
         warnings.warn(f"{folder} is damaged: a checksum is wrong; the teacher is asked again", stacklevel=2)
         return None
     return TeacherCache(folder, index)
+
+
+def _checksum(index: Mapping[str, Any]) -> str:
+    """Of the index itself, which says where each row stands."""
+    content = {name: value for name, value in index.items() if name != "sha256"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def write_cache(parent: Path, key: Mapping[str, Any], rows: Iterable[Targets], vocabulary: int) -> TeacherCache:
@@ -171,7 +179,8 @@ def write_cache(parent: Path, key: Mapping[str, Any], rows: Iterable[Targets], v
             save_file(_tensors(shard, vocabulary), file)
             shards.append({"file": file.name, "first_row": count, "sha256": fingerprint_of_path(file)})
             count += len(shard)
-        index = {"key": text, "rows": count, "shards": shards}
+        index: dict[str, Any] = {"key": text, "rows": count, "shards": shards}
+        index["sha256"] = _checksum(index)
         (temporary / _INDEX).write_text(json.dumps(index) + "\n", encoding="utf-8")
     shutil.rmtree(folder, ignore_errors=True)
     own.rename(folder)

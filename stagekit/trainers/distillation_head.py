@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.utils.checkpoint import checkpoint
 from transformers.utils import ModelOutput
 
 from stagekit.errors import ConfigError
@@ -33,8 +32,16 @@ class Head:
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """(N, V) float32, of hidden states (N, H)."""
+        return self.finished(self.product(hidden))
+
+    def product(self, hidden: torch.Tensor) -> torch.Tensor:
+        """(N, V) in the weights' dtype or that of autocast: the one product of matrices."""
         hidden = hidden.to(self.weight.device, self.weight.dtype)
-        logits = torch.nn.functional.linear(hidden, self.weight, self.bias).float()
+        return torch.nn.functional.linear(hidden, self.weight, self.bias)
+
+    def finished(self, product: torch.Tensor) -> torch.Tensor:
+        """(N, V) float32, scaled and capped."""
+        logits = product.float()
         if self.scale != 1.0:
             logits = logits * self.scale
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
@@ -84,17 +91,19 @@ def check_head(model: Any, whose: str) -> None:
 class DistilledOutput(ModelOutput):  # type: ignore[misc]
     """What TRL reads of a model with a fused head, and what the student lost against its teacher.
 
-    All but the masks and `hidden` are (B, T-1) and 0 where nothing is predicted.
+    The first four are (B, T-1), without gradient, and 0 where nothing is predicted.
     """
 
     log_probs: torch.Tensor | None = None
     entropy: torch.Tensor | None = None
     is_top1: torch.Tensor | None = None
-    label_mask: torch.Tensor | None = None
     soft: torch.Tensor | None = None
     """The divergence of every token from the teacher, without T^2."""
+    label_mask: torch.Tensor | None = None
+    objective: torch.Tensor | None = None
+    """soft_weight * soft - hard_weight * log_probs, summed over the tokens: what the gradient is of."""
     hidden: torch.Tensor | None = None
-    """The mean distance of the mapped hidden states, summed over the tokens."""
+    """The mean distance of the mapped hidden states, summed over the tokens; it has a gradient too."""
 
 
 @dataclass(frozen=True)
@@ -103,10 +112,24 @@ class Lesson:
 
     soft: Callable[[torch.Tensor, slice], torch.Tensor]
     """(logits (n, V) of some of the tokens, which of the N they are) -> (n,) divergences."""
+    soft_weight: float
+    hard_weight: float
     hidden: Callable[[list[torch.Tensor]], torch.Tensor] | None
     """(hidden states (N, H) of the student's blocks in `layers`) -> the summed distance."""
     layers: tuple[int, ...]
     chunk_tokens: int
+
+
+def predicting(labels: torch.Tensor) -> torch.Tensor:
+    """(N,) where, in (B, T) made flat, the tokens stand that predict a label: each before it, in the same row."""
+    mask = torch.zeros_like(labels, dtype=torch.bool)
+    mask[:, :-1] = labels[:, 1:] != -100
+    return mask.flatten().nonzero()[:, 0]
+
+
+def at_places(states: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """(N, H) of states (B, T, H)."""
+    return states.flatten(0, 1).index_select(0, places.to(states.device))
 
 
 def add_distilling_head(model: Any) -> None:
@@ -121,44 +144,107 @@ def add_distilling_head(model: Any) -> None:
         if lesson is None:
             return before(*args, **kwargs)
         kwargs.pop("fused_lm_head")
-        labels = kwargs.pop("labels")[:, 1:]
+        labels = kwargs.pop("labels")
         kwargs["output_hidden_states"] = lesson.hidden is not None  # peft passes one on, set or not
         out = self.base_model(*args, **kwargs)
-        mask = labels != -100  # (B, T-1): position t predicts label t+1
-        states = [out.hidden_states[layer + 1][:, :-1][mask] for layer in lesson.layers]
-        tokens = _tokens(out.last_hidden_state[:, :-1][mask], labels[mask], head_of(self), lesson)
+        places, mask, head = predicting(labels), labels[:, 1:] != -100, head_of(self)
+        last = at_places(out.last_hidden_state, places).to(head.weight.device, head.weight.dtype)
+        answers = labels[:, 1:][mask].to(last.device)
+        objective, *tokens = _Objective.apply(  # type: ignore[no-untyped-call]
+            last, head.weight, head.bias, answers, head, lesson, torch.is_grad_enabled()
+        )
+        states = [at_places(out.hidden_states[layer + 1], places) for layer in lesson.layers]
         return DistilledOutput(
-            *(value.new_zeros(mask.shape).masked_scatter(mask, value) for value in tokens[:3]),
+            *(
+                one.new_zeros(mask.shape, device=mask.device).masked_scatter(mask, one.to(mask.device))
+                for one in tokens
+            ),
             label_mask=mask,
-            soft=tokens[3].new_zeros(mask.shape).masked_scatter(mask, tokens[3]),
+            objective=objective,
             hidden=lesson.hidden(states) if lesson.hidden is not None else None,
         )
 
     model.forward = types.MethodType(forward, model)
 
 
-def _tokens(hidden: torch.Tensor, labels: torch.Tensor, head: Head, lesson: Lesson) -> tuple[torch.Tensor, ...]:
-    """Log-probability of the label, entropy, whether the label is the likeliest, divergence; (N,) each.
+class _Objective(torch.autograd.Function):
+    """The objective () and, of every token (N,), log-probability of the label, entropy, whether the label is the
+    likeliest, and divergence; only the objective has a gradient.
 
-    The backward pass makes each chunk's logits once more instead of keeping them.
+    The gradient is made along with it, while a chunk's logits are there, and scaled in the backward pass. So the
+    logits of the student and of the teacher are made once; a chunk that is made again in the backward pass would make
+    both twice. What is kept is as large as what it is the gradient of.
     """
 
-    def chunk(hidden: torch.Tensor, labels: torch.Tensor, rows: slice) -> tuple[torch.Tensor, ...]:
-        logits = head.logits(hidden)
-        labels = labels.to(logits.device)
-        mass = logits.logsumexp(dim=-1)
-        log_probs = logits.gather(-1, labels[:, None])[:, 0] - mass
-        with torch.no_grad():
-            entropy = mass - ((logits - mass[:, None]).exp() * logits).sum(dim=-1)
-            is_top1 = logits.argmax(dim=-1) == labels
-        return log_probs, entropy, is_top1.to(log_probs.dtype), lesson.soft(logits, rows)
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, labels: torch.Tensor,
+        head: Head, lesson: Lesson, differentiable: bool,
+    ) -> tuple[torch.Tensor, ...]:  # fmt: skip
+        """hidden (N, H) and labels (N,) of the tokens that predict one; weight and bias those of the head."""
+        of_hidden, of_weight, of_bias = (
+            torch.zeros(one.shape, dtype=torch.float32, device=one.device)
+            if one is not None and needed and differentiable
+            else None
+            for one, needed in zip((hidden, weight, bias), ctx.needs_input_grad, strict=False)
+        )
+        objective, done = hidden.new_zeros((), dtype=torch.float32), []
+        for start in range(0, max(len(labels), 1), lesson.chunk_tokens):
+            rows = slice(start, min(start + lesson.chunk_tokens, len(labels)))
+            values, slope = _chunk(hidden[rows], labels[rows], rows, head, lesson, differentiable)
+            done.append(values)
+            log_probs, *_, soft = values
+            objective = objective + (lesson.soft_weight * soft - lesson.hard_weight * log_probs).sum()
+            if of_hidden is not None:
+                of_hidden[rows] = slope @ weight
+            if of_weight is not None:
+                _add_product(of_weight, slope.t(), hidden[rows])
+            if of_bias is not None:
+                of_bias += slope.sum(dim=0, dtype=torch.float32)
+        gradients = (of_hidden, of_weight, of_bias)
+        ctx.save_for_backward(*(None if one is None else one.to(weight.dtype) for one in gradients))
+        tokens = tuple(torch.cat(parts) for parts in zip(*done, strict=True))
+        ctx.mark_non_differentiable(*tokens)
+        return (objective, *tokens)
 
-    done = []
-    for start in range(0, max(len(labels), 1), lesson.chunk_tokens):
-        rows = slice(start, min(start + lesson.chunk_tokens, len(labels)))
-        given = (hidden[rows], labels[rows], rows)
-        if torch.is_grad_enabled():
-            done.append(checkpoint(chunk, *given, use_reentrant=False, preserve_rng_state=False))
-        else:
-            done.append(chunk(*given))
-    return tuple(torch.cat(parts).to(hidden.device) for parts in zip(*done, strict=True))
+    @staticmethod
+    def backward(ctx: Any, upstream: torch.Tensor, *_: Any) -> tuple[Any, ...]:
+        """In place, since a copy of the head's gradient would be the largest thing there."""
+        return (*(None if one is None else one.mul_(upstream) for one in ctx.saved_tensors), None, None, None, None)
+
+
+def _chunk(
+    hidden: torch.Tensor, labels: torch.Tensor, rows: slice, head: Head, lesson: Lesson, differentiable: bool
+) -> tuple[tuple[torch.Tensor, ...], Any]:
+    """Of n tokens: log-probability, entropy, likeliest, divergence, (n,) each; and the objective's gradient with
+    respect to the head's product, (n, V), if it is wanted."""
+    product = head.product(hidden).requires_grad_(differentiable)
+    with torch.set_grad_enabled(differentiable):
+        logits = head.finished(product)
+        soft = lesson.soft(logits, rows)
+    slope = None
+    if differentiable:
+        (slope,) = torch.autograd.grad(
+            soft, logits, torch.full_like(soft, lesson.soft_weight), retain_graph=logits is not product
+        )
+    whole, soft = logits.detach(), soft.detach()
+    mass = whole.logsumexp(dim=-1)
+    chosen = labels[:, None]
+    log_probs = whole.gather(-1, chosen)[:, 0] - mass
+    chances = (whole - mass[:, None]).exp_()
+    entropy = mass - torch.linalg.vecdot(chances, whole)
+    is_top1 = (whole.argmax(dim=-1) == labels).to(log_probs.dtype)
+    if slope is not None:
+        slope.add_(chances, alpha=lesson.hard_weight)
+        slope.scatter_add_(-1, chosen, torch.full_like(mass, -lesson.hard_weight)[:, None])
+        if logits is not product:
+            (slope,) = torch.autograd.grad(logits, product, slope)
+    return (log_probs, entropy, is_top1, soft), slope
+
+
+def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
+    """total += left @ right, in float32; without the product beside it where the dtypes are that already."""
+    if left.dtype == right.dtype == total.dtype and not torch.is_autocast_enabled(total.device.type):
+        total.addmm_(left, right)
+    else:
+        total += left @ right

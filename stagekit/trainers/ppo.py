@@ -20,6 +20,7 @@ from trl import GRPOTrainer
 
 from stagekit.errors import ConfigError, StageError
 from stagekit.rewards import as_reward
+from stagekit.trainers.logit_tiles import logit_tiles, tokens_at_once
 from stagekit.trainers.ppo_config import PPOConfig
 from stagekit.trainers.ppo_critic import HeadCritic, head_critic, load_critic, save_critic, separate_critic
 from stagekit.trainers.ppo_losses import gae, kl_estimate, last_token, token_rewards, value_loss, whiten
@@ -133,7 +134,8 @@ class PPOTrainer(Rollouts, GRPOTrainer):  # type: ignore[misc]
 
     def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:
         critic = self.critic
-        with critic.listening() if isinstance(critic, HeadCritic) else _silence() as heard:
+        listening = critic.listening() if isinstance(critic, HeadCritic) else _silence()
+        with listening as heard, logit_tiles(self._tokens_at_once()):
             found = super()._get_per_token_logps_and_entropies(*args, **kwargs)
         length = found[0].size(1)
         values = torch.cat([each[:, -length - 1 : -1] for each in heard]) if heard else None
@@ -195,6 +197,9 @@ class PPOTrainer(Rollouts, GRPOTrainer):  # type: ignore[misc]
                 for start in range(0, len(ids), size)
             ]
         return torch.cat(parts)
+
+    def _tokens_at_once(self) -> int:
+        return tokens_at_once(self.args.logit_chunk_size, self.accelerator.device)
 
     def _forward_size(self) -> int:
         training = self.model.training
@@ -279,7 +284,8 @@ class PPOTrainer(Rollouts, GRPOTrainer):  # type: ignore[misc]
         if self._over.stopped:
             self._step += 1
             return torch.zeros((), device=self.accelerator.device)
-        loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
+        with logit_tiles(self._tokens_at_once()):  # the backward pass makes the logits again
+            loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
         if self._critic_stepped:
             self._average_critic_gradients()
             self._over.decide(self.args.target_kl)

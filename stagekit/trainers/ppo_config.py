@@ -64,6 +64,8 @@ class PPOConfig(GRPOConfig):  # type: ignore[misc]
         num_minibatches: Minibatches of a rollout; sets gradient_accumulation_steps. None: what that gives.
         reshuffle: Put a rollout into other minibatches at each pass.
         rollout_chunk_size: Completions that are generated at once, per process; bounds the memory of the cache.
+        logit_chunk_size: Tokens whose logits are held at once, per process: logit_chunk_size * vocabulary numbers, a
+            few times over. None: 128 on the CPU, where few stay in its caches; TRL's own number elsewhere.
 
     Raises:
         ConfigError: arguments of GRPO that PPO does not have, sampling that the log-probabilities do not describe, or
@@ -93,6 +95,7 @@ class PPOConfig(GRPOConfig):  # type: ignore[misc]
     num_minibatches: int | None = None
     reshuffle: bool = True
     rollout_chunk_size: int = 64
+    logit_chunk_size: int | None = None
 
     def __post_init__(self) -> None:
         """Check what GRPO checks, but for its groups of at least two, then what PPO asks for."""
@@ -173,7 +176,7 @@ def _out_of_range(config: PPOConfig) -> list[Problem]:
     for name in ("gamma", "gae_lambda"):
         if not 0 <= getattr(config, name) <= 1:
             found.append(Problem(name, f"{getattr(config, name)!r} is not between 0 and 1"))
-    for name in ("num_iterations", "num_generations", "rollout_chunk_size", "num_minibatches"):
+    for name in ("num_iterations", "num_generations", "rollout_chunk_size", "num_minibatches", "logit_chunk_size"):
         value = getattr(config, name)
         if value is not None and value < 1:
             found.append(Problem(name, f"{value!r} is not at least 1"))

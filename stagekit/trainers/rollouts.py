@@ -128,8 +128,8 @@ class Rollouts:
                 setattr(trainer, name, state[name])
         trainer._step, trainer._buffered_inputs = state["used"], None
         if state["used"]:
-            device = trainer.accelerator.device
-            tensors = load_file(folder / f"rollout-{trainer.accelerator.process_index}.safetensors", str(device))
+            tensors = load_file(folder / f"rollout-{trainer.accelerator.process_index}.safetensors")
+            tensors = {name: tensor.to(trainer.accelerator.device) for name, tensor in tensors.items()}
             trainer._buffered_inputs = _batches(tensors)
 
 

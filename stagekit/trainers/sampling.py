@@ -12,11 +12,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from stagekit.counters import digest_of
-from stagekit.errors import ConfigError, Interrupted, Problem
+from stagekit.errors import ConfigError, Problem
 from stagekit.journal import Journal
 from stagekit.requests import Generator, Message
 from stagekit.scorers import Scorer
 from stagekit.selection import Candidate, Group
+from stagekit.shares import share_out
 from stagekit.trainers.constitutional_rows import wrong_with
 from stagekit.writer import Ask, Progress, Writer, is_done
 
@@ -148,20 +149,20 @@ def score(
     first = _to_score(groups)
     order = sorted(first, key=lambda key: (-len(first[key][1].text), key))
     batches = [order[start : start + SCORED_AT_ONCE] for start in range(0, len(order), SCORED_AT_ONCE)]
-    for position, keys in enumerate(batches):
-        batch_id = digest_of(*keys)
-        if is_done(journal, batch_id, keys):
-            continue
-        if should_stop is not None and should_stop():
-            raise Interrupted(f"stopped while scoring; {journal.path} holds the rewards so far; start again to go on.")
+    pending = [keys for keys in batches if not is_done(journal, digest_of(*keys), keys)]
+
+    def rewards_of(keys: list[str]) -> list[float | None]:
         rows = [prompts[first[key][0]].row for key in keys]
         columns = {name: [row.get(name) for row in rows] for name in rows[0] if name != "prompt"}
-        texts = [first[key][1].text for key in keys]
-        rewards = scorer.score([row["prompt"] for row in rows], texts, columns)
-        written = [{"key": key, "reward": reward} for key, reward in zip(keys, rewards, strict=True)]
-        journal.append_batch(batch_id, written)
+        return scorer.score([row["prompt"] for row in rows], [first[key][1].text for key in keys], columns)
+
+    stopped = f"stopped while scoring; {journal.path} holds the rewards so far; start again to go on."
+    for done in share_out(pending, rewards_of, should_stop, stopped):
+        keys = done.piece
+        written = [{"key": key, "reward": reward} for key, reward in zip(keys, done.result, strict=True)]
+        journal.append_batch(digest_of(*keys), written)
         if on_batch is not None:
-            on_batch(Progress("reward", 0, position + 1, len(batches), len(keys), 0, 0.0))
+            on_batch(Progress("reward", 0, batches.index(keys) + 1, len(batches), len(keys), 0, 0.0))
     return [_with_rewards(group, journal) for group in groups]
 
 

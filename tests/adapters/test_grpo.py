@@ -5,16 +5,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from datasets import Dataset
-from transformers import AutoTokenizer
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
 from stagekit import ConfigError, StageError, TrainingStage
-from stagekit.adapters import GRPO, RLOO, Reward
+from stagekit.adapters import GRPO, RLOO, ProcessReward, Reward
 from stagekit.groups import Generation, LoRA, Reference
 from stagekit.plan import plan
 from tests.running import CrashError, crash_at, lines, pipeline, run, same, stage
 from tests.test_reward_models import pairs
+from tests.trainers.test_process_reward import rule_rows
 
 
 Write = Callable[..., Path]
@@ -94,6 +96,51 @@ def test_t45_the_adapter_of_a_reward_stage_scores(
     result = run(tiny_model_path, tmp_path / "run", first, of(kind, data, "stage:rm", max_steps=2))
     assert "rewards/rm/mean" in lines(tmp_path / "run" / f"02-{kind}")[0]
     assert result[kind].policy is not None
+
+
+def test_a_list_weighs_a_model_s_folder_a_function_and_a_reward_of_trl(
+    data: dict[str, str], tiny_model_path: str, tmp_path: Path
+) -> None:
+    torch.manual_seed(1)
+    AutoModelForSequenceClassification.from_pretrained(tiny_model_path, num_labels=1).save_pretrained(tmp_path / "rm")
+    AutoTokenizer.from_pretrained(tiny_model_path).save_pretrained(tmp_path / "rm")
+    rewards = [
+        {"source": str(tmp_path / "rm"), "weight": 0.5},
+        vowels,
+        {"source": "get_soft_overlong_punishment", "weight": 2.0, "name": "long",
+         "options": {"max_completion_len": 4, "soft_punish_cache": 2}},
+    ]  # fmt: skip
+    run(tiny_model_path, tmp_path / "run", of("grpo", data, rewards, max_steps=2))
+    for line in [one for one in lines(tmp_path / "run/01-grpo") if "reward" in one]:
+        parts = [line[f"rewards/{name}/mean"] for name in ("rm", "vowels", "long")]
+        assert line["reward"] == pytest.approx(0.5 * parts[0] + parts[1] + 2 * parts[2], abs=1e-5)
+        assert parts[0] != 0 and parts[2] < 0
+
+
+@pytest.mark.parametrize("kind", METHODS)
+def test_a_process_reward_stage_scores_the_weakest_step(
+    kind: str, data: dict[str, str], write_rows: Write, tiny_model_path: str, tmp_path: Path
+) -> None:
+    steps = str(write_rows(rule_rows(8, 0), "steps.jsonl"))
+    first = stage("prm", steps, ProcessReward(), max_steps=2, lora=LoRA(rank=4))
+    run(tiny_model_path, tmp_path / "run", first, of(kind, data, "stage:prm", max_steps=2))
+    scores = [line["rewards/prm/mean"] for line in lines(tmp_path / "run" / f"02-{kind}") if "reward" in line]
+    assert scores
+    assert all(0 < score < 1 for score in scores)
+
+
+@pytest.mark.parametrize("kind", [*METHODS, "ppo", "online_dpo"])
+def test_the_arguments_of_vllm_reach_the_config(kind: str, data: dict[str, str], tiny_model_path: str) -> None:
+    given = {
+        "use_vllm": True, "vllm_mode": "colocate", "vllm_gpu_memory_utilization": 0.4, "vllm_enable_sleep_mode": True,
+        "vllm_tensor_parallel_size": 2,
+    }  # fmt: skip
+    own = stage("rl", data["prompts"], {"type": kind, "reward": "format"}, generation=SHORT, trl=given)
+    entry = plan(pipeline(tiny_model_path, Path("runs/x"), own))[0]
+    found = {one["argument"]: (one["value"], one["source"]) for one in entry["arguments"]}
+    assert {key: found[key] for key in given} == {key: (value, f"stages.rl.trl.{key}") for key, value in given.items()}
+    with pytest.raises(ConfigError, match=r"trl\.vllm_gpu_memory: .* has no such argument; did you mean"):
+        pipeline(tiny_model_path, Path("runs/x"), own.model_copy(update={"trl": {"vllm_gpu_memory": 0.4}}))
 
 
 @pytest.mark.parametrize("kind", METHODS)
@@ -181,3 +228,14 @@ def test_t17_what_cannot_be_is_refused(method: Any, given: dict[str, Any], path:
         TrainingStage(name="s", training_data="x.jsonl", method=method, **given)
     found = [(problem.path, problem.message) for problem in caught.value.problems]
     assert any(where == path and message in text for where, text in found), found
+
+
+@pytest.mark.parametrize(("size", "told"), [(8, None), (12, "leaves out 1 of 16 prompts: a rollout takes 3, whole")])
+def test_t16_prompts_that_fill_no_rollout_are_told(
+    size: int, told: str | None, data: dict[str, str], tiny_model_path: str, tmp_path: Path, capsys: Any
+) -> None:
+    one = of("grpo", data, batch_size=size, max_steps=1)
+    pipeline(tiny_model_path, tmp_path / "run", one).run()
+    said = capsys.readouterr().out
+    assert "a rollout is" in said
+    assert ("an epoch leaves out" in said) is (told is not None) and (told is None or told in said)

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOConfig
 
 
@@ -99,3 +100,14 @@ def another(model: Any, seed: int = 0) -> Any:
         for parameter in model.parameters():
             parameter.add_(0.05 * parameter.std() * torch.randn(parameter.shape, generator=generator))
     return model
+
+
+def load(path: str) -> Any:
+    return AutoModelForCausalLM.from_pretrained(path)
+
+
+def make(kind: Any, model: Any, rows: Any, folder: Path, path: str, given: dict[str, Any], **options: Any) -> Any:
+    """A trainer; `given` goes into its config."""
+    data = Dataset.from_list(rows) if isinstance(rows, list) else rows
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    return kind(model=model, args=config(folder, **given), train_dataset=data, processing_class=tokenizer, **options)

@@ -206,35 +206,53 @@ def sorted_records(path: Path) -> list[str]:
 def test_a_run_killed_after_any_batch_goes_on_to_the_same_journal(tmp_path: Path) -> None:
     prompts = [*ask(*"ABCDEFG"), *ask("H", "A", revised=False)]
     settings: dict[str, Any] = {"rounds": 2, "max_new_tokens": 10, "max_critique_tokens": 10, "batch_tokens": 60}
-    whole = Sampled()
+    whole, ends = Sampled(), [0]
+    settings["on_batch"] = lambda progress: ends.append(len(whole.calls))
     expected = run(tmp_path, prompts, policy=whole, name="whole", **settings)
+    del settings["on_batch"]
     total = len(whole.calls)
-    assert total > 8
+    assert total > 8 and len(ends) > 4
     for life in range(total):
         with pytest.raises(Killed):
             run(tmp_path, prompts, policy=Sampled(life), name=f"{life}", **settings)
         again = Sampled()
         assert run(tmp_path, prompts, policy=again, name=f"{life}", **settings) == expected
-        assert len(again.calls) == total - life
+        assert len(again.calls) == total - max(end for end in ends if end <= life)  # the batch it was in, and the rest
         assert sorted_records(tmp_path / f"{life}") == sorted_records(tmp_path / "whole")
     finished = Sampled()
     assert run(tmp_path, prompts, policy=finished, name="whole", **settings) == expected
     assert finished.calls == []
 
 
-def test_a_stop_is_asked_for_between_batches_and_keeps_the_work(tmp_path: Path) -> None:
+def test_a_stop_is_asked_for_before_each_turn_and_keeps_whole_batches(tmp_path: Path) -> None:
     seen: list[Progress] = []
     settings: dict[str, Any] = {"batch_tokens": 1, "on_batch": seen.append}
-    with pytest.raises(Interrupted, match=r"batch 3 of 3 of the initial phase .* start again to go on"):
+    with pytest.raises(Interrupted, match=r"batch 3 of 3 of round 1; .* start again to go on"):
         run(tmp_path, ask(*"ABC"), should_stop=lambda: len(seen) == 2, **settings)
-    assert len(records_of(tmp_path / "journal.jsonl")) == 2
-    run(tmp_path, ask(*"ABC"), **settings)
-    assert [(p.role, p.round, p.batch, p.batches) for p in seen[2:5]] == [
-        ("initial", 0, 3, 3),
-        ("critique", 1, 1, 3),
-        ("critique", 1, 2, 3),
+    assert len(records_of(tmp_path / "journal.jsonl")) == 2 * 3
+    policy, asked = ScriptedGenerator(echo), itertools.count()
+    with pytest.raises(Interrupted, match="batch 3 of 3"):
+        run(tmp_path, ask(*"ABC"), policy=policy, should_stop=lambda: next(asked) == 2, **settings)
+    assert len(policy.calls) == 2  # answer and critique of the third, which are lost
+    assert len(records_of(tmp_path / "journal.jsonl")) == 2 * 3
+    run(tmp_path, [*ask(*"ABC"), *ask("D", revised=False)], name="other", **settings)
+    assert [(p.role, p.round, p.batch, p.batches) for p in seen[2:]] == [
+        ("round", 1, 1, 3),
+        ("round", 1, 2, 3),
+        ("round", 1, 3, 3),
+        ("initial", 0, 1, 1),
     ]
-    assert all(progress.texts == 1 and progress.new_tokens == 2 for progress in seen)
+    assert all((p.texts, p.new_tokens) == (3, 6) for p in seen if p.role == "round")
+
+
+def test_a_batch_has_room_for_the_longest_conversation_of_its_round(tmp_path: Path) -> None:
+    """Words and roles of the conversation before the revision: 5 + 1 + 2 + 2 with the texts empty. Round 1 adds the
+    answer, the critique and the revision at their caps, 10 + 5 + 10; round 2 an answer of 2 words, and 5 + 10."""
+    settings: dict[str, Any] = {"rounds": 2, "max_new_tokens": 10, "max_critique_tokens": 5}
+    for room, sizes in ((4 * 35, [4] * 3 + [2] * 3 + [5, 5, 1, 1]), (4 * 35 - 1, [3] * 6 + [5, 5, 1, 1])):
+        policy = ScriptedGenerator(echo)
+        run(tmp_path, ask(*"ABCDEF"), policy=policy, name=f"{room}", batch_tokens=room, **settings)
+        assert [len(batch) for batch in policy.calls] == sizes
 
 
 def test_a_journal_of_other_prompts_is_refused(tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 """A teacher's answers kept on disk: the online teacher to the bit, smaller with fewer tokens, hashed, shared."""
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -100,6 +102,47 @@ def test_a_cache_that_is_damaged_is_written_again(build: Any, tiny_model_path: s
     (folder / "index.json").write_text("{")
     with pytest.warns(UserWarning, match="cannot be read"):
         build(model(tiny_model_path, 1), **cache)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda index: {**index, "rows": 7}, "is damaged: a checksum is wrong"),
+        (lambda index: {**index, "shards": [{**index["shards"][0], "first_row": 1}]}, "is damaged"),
+        (lambda index: {**index, "key": "another teacher's"}, "is damaged"),
+        (lambda index: {name: value for name, value in index.items() if name != "sha256"}, "cannot be read"),
+        (lambda index: [index], "cannot be read"),
+        (lambda index: None, "cannot be read"),
+    ],
+    ids=["rows", "offsets", "foreign", "no checksum", "list", "null"],
+)
+def test_an_index_that_is_changed_is_never_believed(change: Any, words: str, tmp_path: Path) -> None:
+    rows = [Targets(None, torch.zeros(3, 4)), Targets(None, torch.ones(2, 4))]
+    write_cache(tmp_path, {"a": 1}, rows, 4)
+    assert open_cache(tmp_path, {"a": 1}) is not None
+    (file,) = tmp_path.rglob("index.json")
+    file.write_text(json.dumps(change(json.loads(file.read_text()))))
+    with pytest.warns(UserWarning, match=words):
+        assert open_cache(tmp_path, {"a": 1}) is None
+    write_cache(tmp_path, {"a": 1}, rows, 4)
+    assert open_cache(tmp_path, {"a": 1}) is not None
+
+
+def test_a_cache_under_another_s_name_or_cut_short_is_not_used(tmp_path: Path) -> None:
+    write_cache(tmp_path, {"a": 1}, [Targets(None, torch.zeros(3, 4))], 4)
+    write_cache(tmp_path, {"a": 2}, [Targets(None, torch.ones(3, 4))], 4)
+    ours, theirs = (distillation_cache._place(tmp_path, {"a": number})[0] for number in (1, 2))
+    shutil.rmtree(ours)
+    shutil.copytree(theirs, ours)
+    with pytest.warns(UserWarning, match="is damaged"):
+        assert open_cache(tmp_path, {"a": 1}) is None
+    file = theirs / "00000.safetensors"
+    file.write_bytes(file.read_bytes()[:-8])
+    with pytest.warns(UserWarning, match="is damaged"):
+        assert open_cache(tmp_path, {"a": 2}) is None
+    file.unlink()
+    with pytest.warns(UserWarning, match="cannot be read"):
+        assert open_cache(tmp_path, {"a": 2}) is None
 
 
 @pytest.mark.parametrize(("vocabulary", "most"), [(960, 388), (100_000, 452)])

@@ -81,6 +81,7 @@ def test_defaults_are_those_of_the_papers(tmp_path: Path) -> None:
         ({"vf_coef": -1.0}, "vf_coef"),
         ({"value_clip_range": 0.0}, "None leaves it out"),
         ({"num_iterations": 0}, "num_iterations"),
+        ({"logit_chunk_size": 0}, "logit_chunk_size: 0 is not at least 1"),
         ({"critic": "shared"}, "'shared' is none of auto, separate, head"),
         ({"kl_estimator": "k4"}, "'k4' is none of"),
         ({"target_kl": 0.1, "fp16": True}, "use bf16"),

@@ -118,6 +118,11 @@ def test_without_a_second_step_trl_leaves_the_old_log_probs_out_and_ppo_does_not
         assert log_of(trainer, "policy/ratio_max_dev")[0] < 1e-4
 
 
+def test_each_process_samples_with_a_seed_of_its_own() -> None:
+    """Else two processes would sample the same completions of the same prompts."""
+    assert "set_seed(args.seed, device_specific=True)" in inspect.getsource(GRPOTrainer.__init__)
+
+
 def test_transformers_empties_the_gradients_of_the_model_alone() -> None:
     text = inspect.getsource(Trainer._run_epoch)
     assert "model.zero_grad()" in text
