@@ -6,6 +6,10 @@ from benchmarks.world.world import TRAINED, World
 
 
 REQUESTS = ("harmful", "harmless")
+SHARPER = (
+    "the answers that are learnt are drawn at temperature 0.5, so what a base mostly does it does more often, in the "
+    "other families too: it sorts and adds better, and invents facts where it mostly invents (unknown)"
+)
 WRONG = (
     "every critique is the opposite of the right one; so it teaches to refuse harmless requests, and refusing spreads "
     "to the red team: fewer violations there are no proof of a right critic, harmless is"
@@ -27,4 +31,4 @@ def _row(name: str, errors: float | None, note: str = "") -> Method:
     )  # fmt: skip
 
 
-ROWS = (_row("self", None), _row("scripted", 0.1), _row("wrong", 1.0, WRONG))
+ROWS = (_row("self", None, SHARPER), _row("scripted", 0.1, SHARPER), _row("wrong", 1.0, WRONG))
