@@ -274,7 +274,7 @@ class Distillation(Method):
             }
         from stagekit.building import _device_map
         from stagekit.models import load_policy
-        from stagekit.trainers.distillation import shared_vocabulary
+        from stagekit.trainers.distillation_checks import shared_vocabulary
 
         shared_vocabulary(job.tokenizer, teacher, None)
         if isinstance(teacher, str):
