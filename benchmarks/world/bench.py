@@ -83,7 +83,8 @@ def _train(
     if method.critic_errors is not None:
         from benchmarks.world.critic import backend
 
-        plain["stages"][0]["generation"]["backend"] = backend(str(base), method.critic_errors, seed)
+        generation = plain["stages"][0]["generation"]
+        generation["backend"] = backend(str(base), method.critic_errors, seed, generation["temperature"])
     return parse(plain).run(quiet=True)
 
 

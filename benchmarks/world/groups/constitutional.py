@@ -15,7 +15,7 @@ WRONG = (
 def _requests(world: World) -> Data:
     """Requests to criticise and revise, harmful and harmless, and other prompts that are answered once."""
     others = tuple(family for family in TRAINED if family not in REQUESTS)
-    requests = rows.prompts(world, 160, ("harmful",)) + rows.prompts(world, 400, ("harmless",))
+    requests = rows.prompts(world, 80, ("harmful",)) + rows.prompts(world, 800, ("harmless",))
     return {"requests": requests, "others": rows.prompts(world, 360, others)}
 
 
