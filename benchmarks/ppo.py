@@ -266,6 +266,9 @@ def as_markdown(found: Mapping[str, Any], command: str) -> str:
         lines += ["", *memory_table(found)]
     if "overhead" in found:
         lines += ["", *overhead_table(found["overhead"]["rows"])]
+    missing = [part for part in PARTS if part not in found]
+    if missing:
+        lines += ["", f"Not run yet: {', '.join(missing)}."]
     return "\n".join(lines) + "\n"
 
 

@@ -66,6 +66,11 @@ def test_an_overhead_is_held_by_an_interval_that_is_narrow_and_low(factor: float
     assert "| 10 | all 30 the same | 2.0 s, bare 1.0 s |" in row
 
 
+def test_parts_that_were_not_run_are_named() -> None:
+    text = ppo.as_markdown({"small": {"load": "1.0", "rows": small_rows(1.0, 1.0, 1.0)}}, "python -m benchmarks.ppo")
+    assert text.endswith("Not run yet: seconds, memory, overhead.\n")
+
+
 def test_rewards_that_differ_are_told() -> None:
     lines = ppo.overhead_table([*pairs([1.0]), *pairs([1.1], same=False)])
     assert any("**not the same**" in line for line in lines)
