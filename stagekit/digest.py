@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stagekit.checks import as_data, data_of, functions_of, gives_policy, models_of, module_file, rewards_of
+from stagekit.checks import as_data, data_of, functions_of, gives_policy, models_of, module_file, rewards_of, trains
 from stagekit.distributed import splits
 from stagekit.options import function_name
 from stagekit.sources import fingerprint_of_path, parse_data, parse_model
@@ -33,6 +33,7 @@ def digests(pipeline: "TrainingPipeline", processes: int = 1) -> dict[str, str |
     Args:
         pipeline: The pipeline.
         processes: Over how many the work of a stage that splits it is split: its batches are larger by as much.
+            Texts are the same, so stages that only write some do not depend on it.
     """
     found: dict[str, str | None] = {}
     policy = _model_identity(pipeline.model)
@@ -49,7 +50,7 @@ def digests(pipeline: "TrainingPipeline", processes: int = 1) -> dict[str, str |
             "models": models,
             "data": data,
             "functions": functions,
-            **({"processes": processes} if splits(stage) else {}),
+            **({"processes": processes} if splits(stage) and trains(stage) else {}),
         }
         named = [*models.values(), *data.values(), *functions.values()]
         known = start is not None and None not in named

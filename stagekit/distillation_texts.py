@@ -14,6 +14,7 @@ from stagekit.generating import (
     open_journal,
     progress,
     template_mark,
+    write_datasets,
 )
 from stagekit.groups import Generation
 from stagekit.job import Job
@@ -41,7 +42,6 @@ def prepare(job: Job, teacher: Any, quantization: Any) -> Job:
     """
     from datasets import Dataset
 
-    from stagekit.rows import write_jsonl
     from stagekit.trainers import constitutional as cai
 
     if not job.tokenizer.chat_template:
@@ -77,11 +77,9 @@ def prepare(job: Job, teacher: Any, quantization: Any) -> Job:
             f"stage {job.stage.name!r}: the teacher gave no answer to learn ({_said(dropped)}). Raise "
             "generation.max_new_tokens if they are truncated; shorten the prompts if they are too_long"
         )
-    path = job.folder / "data" / "answers.jsonl"
-    path.parent.mkdir(exist_ok=True)
-    write_jsonl(rows, path)
+    files = write_datasets(job, {"answers": rows})
     counted = {f"answers.{reason}": count for reason, count in dropped.items()}
-    return dataclasses.replace(job, train_dataset=Dataset.from_list(rows), datasets={"answers": path}, dropped=counted)
+    return dataclasses.replace(job, train_dataset=Dataset.from_list(rows), datasets=files, dropped=counted)
 
 
 def _why_not(trace: "Trace") -> str | None:

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from stagekit import ranks
 from stagekit.choices import Chooser
 from stagekit.errors import Interrupted
 from stagekit.generating import free_memory, generator_for, note_prompts, open_journal, progress, write_datasets
@@ -34,7 +35,7 @@ def run(job: Job, method: "AIFeedback") -> Outcome:
     job.folder.mkdir(parents=True, exist_ok=True)
     generation = job.stage.generation or Generation()
     responses, policy = _responses(job, method, generation)
-    if job.stop():
+    if ranks.largest(job.stop()):
         raise Interrupted(f"stage {job.stage.name!r} stopped before the judgements")
     if method.judge is not None or is_engine(generation):
         policy = None

@@ -119,11 +119,15 @@ def note_prompts(job: Job, conversations: Iterable[Sequence[Message]]) -> None:
     from stagekit.rows import read_jsonl, write_jsonl
 
     path = job.folder / PROMPTS
-    found = {row["id"]: row for row in read_jsonl(path)} if path.is_file() else {}
-    for messages in conversations:
-        name = digest_of(list(messages))
-        found[name] = {"id": name, "prompt": [dict(message) for message in messages]}
-    write_jsonl(list(found.values()), path)
+
+    def write() -> None:
+        found = {row["id"]: row for row in read_jsonl(path)} if path.is_file() else {}
+        for messages in conversations:
+            name = digest_of(list(messages))
+            found[name] = {"id": name, "prompt": [dict(message) for message in messages]}
+        write_jsonl(list(found.values()), path)
+
+    ranks.once(write)
 
 
 def progress(job: Job, titles: Callable[[Any], str]) -> Any:

@@ -20,6 +20,9 @@ from stagekit.job import Job, ModelInput, Outcome
 from stagekit.rows import json_object
 
 
+START = "start.json"
+"""Says in an iteration's folder which model it started from."""
+
 Prepare = Callable[[Job, int], Job]
 """Gives the job of an iteration, by its number from 1, its training data."""
 
@@ -83,7 +86,7 @@ def _finished(folder: Path, model: ModelInput) -> Outcome | None:
     are another model's."""
     from stagekit.models import model_fingerprint
 
-    marker = folder / "start.json"
+    marker = folder / START
     start = model_fingerprint(model.generates)
     if not marker.is_file() or json_object(marker).get("model") != start:
         shutil.rmtree(folder, ignore_errors=True)

@@ -136,8 +136,18 @@ def problems_of_stage(stage: "TrainingStage") -> list[Problem]:
         *_saving(stage),
         *_calling(stage),
         *_gate(stage),
+        *_splitting(stage),
         *stage.method.problems(stage),
     ]
+
+
+def _splitting(stage: "TrainingStage") -> Iterable[Problem]:
+    if stage.distributed_strategy != "none" and stage.generation is not None and stage.generation.backend == "vllm":
+        yield Problem(
+            "generation.backend",
+            "'vllm' takes the machine's GPUs for an engine of its own, and each process would start one; use "
+            "transformers, or drop distributed_strategy",
+        )
 
 
 def _not_built(stage: "TrainingStage") -> Iterable[Problem]:

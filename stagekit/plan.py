@@ -114,7 +114,9 @@ def _rows_to_train(stage: "TrainingStage", data: Mapping[str, dict[str, Any]]) -
 
 
 def _of_several(stage: "TrainingStage", count: int) -> Iterator[str]:
-    if count > 1:
+    if count > 1 and not stage.method.trains:
+        yield f"{count} processes share out the texts that are written"
+    elif count > 1:
         rows = count * stage.batch_size * stage.gradient_accumulation_steps
         of = stage.method.batches_of
         yield f"{count} processes of batch_size {stage.batch_size}: an optimiser step takes {rows} {of}"

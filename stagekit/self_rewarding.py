@@ -5,6 +5,7 @@ import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from stagekit import ranks
 from stagekit.errors import Interrupted
 from stagekit.feedback import asking_of, warn_of_judge
 from stagekit.generating import free_memory, generator_for, note_prompts, open_journal, progress, write_datasets
@@ -47,7 +48,7 @@ def _prepare(own: Job, number: int, method: "SelfRewarding") -> Job:
     from stagekit.trainers import self_rewarding
 
     groups, writes = _answered(own, number, method)
-    if own.stop():
+    if ranks.largest(own.stop()):
         raise Interrupted(f"stage {own.stage.name!r} stopped before the judgements of iteration {number}")
     judge = _Judge(own, method, number, writes)
     writes = None

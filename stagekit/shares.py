@@ -23,7 +23,10 @@ class Done(Generic[P, R]):
 
 
 def share_out(
-    pieces: Sequence[P], do: Callable[[P], R], should_stop: Callable[[], bool] | None = None, stopped: str = "stopped"
+    pieces: Sequence[P],
+    do: Callable[[P], R],
+    should_stop: Callable[[], bool] | None = None,
+    stopped: Callable[[P], str] = str,
 ) -> Iterator[Done[P, R]]:
     """Do every piece once: of each wave of as many as there are processes every one does its own, and each process
     has what came of all, in the order of the pieces.
@@ -32,7 +35,7 @@ def share_out(
 
     Args:
         should_stop: asked before each wave; that one process is to stop stops all.
-        stopped: what is said then.
+        stopped: what is said then, of the first piece that is not done.
 
     Raises:
         Interrupted: `should_stop` said so, or `do` was interrupted in one process; what the others of its wave did
@@ -41,7 +44,7 @@ def share_out(
     count, own = ranks.processes(), ranks.rank()
     for start in range(0, len(pieces), count):
         if should_stop is not None and ranks.largest(should_stop()):
-            raise Interrupted(stopped)
+            raise Interrupted(stopped(pieces[start]))
         wave = pieces[start : start + count]
         told = ranks.all_told(_tried(do, wave[own]) if own < len(wave) else None)
         for place, piece in enumerate(wave):

@@ -14,6 +14,7 @@ from stagekit.digest import digests
 from stagekit.distributed import count_processes, live_processes, processes_of
 from stagekit.errors import ConfigError, Interrupted, Problem
 from stagekit.files import lock, make_folder, write_text
+from stagekit.iterations import START
 from stagekit.journal import JOURNALS
 from stagekit.pipeline import to_plain
 from stagekit.result import PipelineResult, StageResult
@@ -262,14 +263,24 @@ def _set_aside(task: Task, again: bool, show: Show) -> None:
             shutil.rmtree(target)
         task.folder.rename(target)
         task.folder.mkdir()
-        for name in JOURNALS:
-            if (target / name).exists():
-                shutil.copy2(target / name, task.folder / name)
+        _keep_texts(target, task.folder)
         show.line(
             f"  stage {task.stage.name!r} changed since it ran; its old folder is {target.relative_to(task.run)}"
         )
     task.folder.mkdir(exist_ok=True)
     write_text(task.folder / "digest", f"{task.digest or 'live'}\n")
+
+
+def _keep_texts(old: Path, new: Path) -> None:
+    """Copy the journals of a stage that changed: what it would write again is taken from them. Of its iterations too:
+    the first one starts from the model that it started from before."""
+    for name in JOURNALS:
+        if (old / name).exists():
+            shutil.copy2(old / name, new / name)
+    for start in old.glob(f"iteration-*/{START}"):
+        (new / start.parent.name).mkdir()
+        shutil.copy2(start, new / start.parent.name)
+        _keep_texts(start.parent, new / start.parent.name)
 
 
 def _declared_digest(task: Task) -> str | None:

@@ -9,6 +9,7 @@ from stagekit.counters import digest_of, seed_of
 from stagekit.errors import Interrupted, StageError
 from stagekit.journal import Journal, Record
 from stagekit.requests import Completion, Generator, Message, Request, plan_batches, remembering
+from stagekit.shares import share_out
 
 
 @dataclass(frozen=True)
@@ -100,21 +101,25 @@ class Writer:
             StageError: the journal holds texts of another plan.
             Interrupted: `should_stop` said so, with all batches so far in the journal.
         """
+        pending: list[tuple[int, Sequence[str]]] = []
         for position, group in enumerate(groups):
-            batch_id = digest_of("round", number, *group)
-            if not generators or self.journal.has_batch(batch_id):
+            if generators and not self.journal.has_batch(_round_id(number, group)):
+                pending.append((position, group))
+            else:
                 talk(group, self._recorded)
-                continue
-            where = f"at batch {position + 1} of {len(groups)} of round {number}"
+
+        def held(piece: tuple[int, Sequence[str]]) -> _Written:
             written: dict[str, Record] = {}
             start = time.monotonic()
             with remembering(*generators):
-                talk(group, self._asking(written, where))
-            self.journal.append_batch(batch_id, list(written.values()))
-            if self.on_batch is not None:
-                tokens = sum(record["n_new"] for record in written.values())
-                elapsed = time.monotonic() - start
-                self.on_batch(Progress("round", number, position + 1, len(groups), len(written), tokens, elapsed))
+                talk(piece[1], self._asking(written, f"at batch {piece[0] + 1} of {len(groups)} of round {number}"))
+            return _Written(list(written.values()), time.monotonic() - start)
+
+        for done in share_out(pending, held):  # which asks before each turn whether to stop
+            position, group = done.piece
+            self._append(_round_id(number, group), done.result, "round", number, position + 1, len(groups))
+            if not done.mine:  # the other process took the answers in, this one takes them from the journal
+                talk(group, self._recorded)
 
     def _recorded(self, asks: Sequence[Ask], generator: Generator | None, most: int) -> dict[str, Record]:
         found = ((ask.key, self.journal.get(ask.key)) for ask in asks)
@@ -147,9 +152,10 @@ class Writer:
 
     def _leave_if_asked(self, where: str) -> None:
         if self.should_stop is not None and self.should_stop():
-            raise Interrupted(
-                f"stopped {where}; {self.journal.path} holds all batches before it; start again to go on."
-            )
+            raise Interrupted(self._left(where))
+
+    def _left(self, where: str) -> str:
+        return f"stopped {where}; {self.journal.path} holds all batches before it; start again to go on."
 
     def _generate(
         self, asks: Mapping[str, Ask], role: str, number: int, generator: Generator, max_new_tokens: int
@@ -159,23 +165,35 @@ class Writer:
         fitting = [key for key in asks if limit is None or lengths[key] + max_new_tokens <= limit]
         requests = [Request(key, asks[key].messages, max_new_tokens) for key in fitting]
         batches = plan_batches(requests, lengths, self.batch_tokens)
-        for position, batch in enumerate(batches):
-            batch_id = digest_of(*(request.key for request in batch))
-            if is_done(self.journal, batch_id, [request.key for request in batch]):
-                continue
-            self._leave_if_asked(f"at batch {position + 1} of {len(batches)} of the {role} phase")
-            start, seed = time.monotonic(), seed_of(self.seed, batch_id)
+        pending = [
+            (position, batch)
+            for position, batch in enumerate(batches)
+            if not is_done(self.journal, _batch_id(batch), [request.key for request in batch])
+        ]
+
+        def written(piece: tuple[int, Sequence[Request]]) -> _Written:
+            batch = piece[1]
+            start, seed = time.monotonic(), seed_of(self.seed, _batch_id(batch))
             completions = generator.generate(batch, seed)
             records = [
                 self._record(asks[request.key], completion, generator.fingerprint, seed)
                 for request, completion in zip(batch, completions, strict=True)
             ]
-            self.journal.append_batch(batch_id, records)
-            if self.on_batch is not None:
-                tokens = sum(completion.new_tokens for completion in completions)
-                elapsed = time.monotonic() - start
-                done = position + 1
-                self.on_batch(Progress(role, number, done, len(batches), len(batch), tokens, elapsed))
+            return _Written(records, time.monotonic() - start)
+
+        def left(piece: tuple[int, Sequence[Request]]) -> str:
+            return self._left(f"at batch {piece[0] + 1} of {len(batches)} of the {role} phase")
+
+        for done in share_out(pending, written, self.should_stop, left):
+            position, batch = done.piece
+            self._append(_batch_id(batch), done.result, role, number, position + 1, len(batches))
+
+    def _append(self, batch_id: str, written: "_Written", role: str, number: int, position: int, batches: int) -> None:
+        records = written.records
+        self.journal.append_batch(batch_id, records)
+        if self.on_batch is not None:
+            tokens = sum(record["n_new"] for record in records)
+            self.on_batch(Progress(role, number, position, batches, len(records), tokens, written.seconds))
 
     def _record(self, ask: Ask, completion: Completion, fingerprint: str, seed: int) -> Record:
         return {
@@ -190,6 +208,22 @@ class Writer:
             "model": fingerprint,
             "seed": seed,
         }
+
+
+@dataclass(frozen=True)
+class _Written:
+    """The records of a batch, and how long it took, as one process tells the others."""
+
+    records: Sequence[Record]
+    seconds: float
+
+
+def _batch_id(batch: Sequence[Request]) -> str:
+    return digest_of(*(request.key for request in batch))
+
+
+def _round_id(number: int, group: Sequence[str]) -> str:
+    return digest_of("round", number, *group)
 
 
 def is_done(journal: Journal, batch_id: str, keys: Sequence[str]) -> bool:

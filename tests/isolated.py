@@ -30,7 +30,7 @@ def reply(messages: Any) -> str:
 def main() -> int:
     pipeline = TrainingPipeline(**read(Path(sys.argv[1])))
     try:
-        pipeline.run(isolate=True)
+        pipeline.run(isolate=True, num_processes=int(os.environ["PROCESSES"]) if "PROCESSES" in os.environ else None)
     except Interrupted as error:
         print(f"Interrupted: {error}", flush=True)
         return 130

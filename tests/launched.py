@@ -69,7 +69,7 @@ def torchrun(folder: Path, pipeline: TrainingPipeline, code: int = 0, processes:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     ran = subprocess.run(
         [*command, "-m", "tests.launched", str(file)],
-        cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT), **more}, capture_output=True, text=True, timeout=300,
+        cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT), **more}, capture_output=True, text=True, timeout=900,
         check=False,
     )  # fmt: skip
     assert ran.returncode == code, ran.stdout + ran.stderr

@@ -17,6 +17,7 @@
 | `sampled` | what a rejection sampling or self-play stage learns after its first sampling, and how often it trains |
 | `made` | the rows and the instructions that a synthetic data stage leaves |
 | `labelled` | the pairs of an AI feedback stage, with what its judge says of them |
+| `started` | how the stage is started where stages that split their work have two processes |
 | `deleted` | what is left of the stage's model once the next stage is done |
 
 None of them is the declaration itself, so an option that is stored and not read emits nothing.
@@ -140,6 +141,7 @@ OF_KIND: Mapping[tuple[str, str], str] = {
         (option, "ai_feedback"): "labelled"
         for option in ("random_seed", "use_mixed_precision", "mixed_precision_dtype")
     },
+    **{("distributed_strategy", kind): "started" for kind in ("ai_feedback", "synthetic_data")},  # no TRL config
     ("tags", "ai_feedback"): "begun tags",
     ("tags", "evaluation"): "begun tags",  # no model, no model card
     ("tags", "custom"): "begun tags",
@@ -270,6 +272,13 @@ def emission(place: Place, stage: TrainingStage, part: str) -> Any:
     """The named part of what the stage emits."""
     part, _, name = part.partition(" ")
     return PARTS[part](place, stage, name)
+
+
+def started(place: Place, stage: TrainingStage, name: str) -> Any:
+    from stagekit.children import _command
+    from stagekit.distributed import processes_of
+
+    return _command(dataclasses.replace(place.task(stage), processes=processes_of(stage, 2)))
 
 
 def argument(place: Place, stage: TrainingStage, name: str) -> Any:
@@ -449,6 +458,7 @@ PARTS: Mapping[str, Callable[[Place, TrainingStage, str], Any]] = {
     "argument": argument, "trainer": trainer, "adapter": adapter, "quantisation": quantisation, "hook": hook,
     "callback": callback, "rows": rows, "weights": weights, "saved": saved, "begun": begun, "told": told,
     "texts": written_texts, "sampled": sampled_rows, "labelled": labelled, "made": made_rows, "deleted": deleted,
+    "started": started,
 }  # fmt: skip
 
 

@@ -25,6 +25,14 @@ def noted(prompts: Any, completions: Any, **columns: Any) -> list[float]:
     return found
 
 
+def asked(messages: Any) -> str:
+    """A scripted model that keeps a log of what it was asked, and takes its time."""
+    with Path(f"{os.environ['ASKED']}-{rank()}").open("a") as file:
+        file.write(json.dumps([message["content"] for message in messages]) + "\n")
+    time.sleep(0.05)
+    return f"Reply {len(messages)} to {messages[0]['content']}"
+
+
 def pause(step: int, loss: float) -> None:
     """A step that takes its time, so that a test can hit a process in its middle."""
     time.sleep(0.3)
@@ -34,6 +42,14 @@ def fails_on_the_second(prompts: Any, completions: Any, **columns: Any) -> list[
     if rank() == 1:
         raise ValueError("nothing to say on the second process")
     return letters(prompts, completions, **columns)
+
+
+def few_at_once(dataset: Any, split: str) -> Any:
+    """The rows as they are. From here on so few answers are scored at once that the rewards are of several batches."""
+    from stagekit.trainers import sampling
+
+    sampling.SCORED_AT_ONCE = 4
+    return dataset
 
 
 def by_prompt(dataset: Any, split: str) -> Any:

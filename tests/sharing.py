@@ -27,7 +27,7 @@ def seen(pieces: list[int], failing: int | None = None, asked_after: int = 10**6
         return next(waves) >= asked_after and ranks.rank() == ranks.processes() - 1
 
     try:
-        for done in share_out(pieces, square, should_stop, "asked"):
+        for done in share_out(pieces, square, should_stop, lambda piece: f"before {piece}"):
             found.append([done.piece, done.result, done.mine])
     except Interrupted as error:
         return {"found": found, "did": did, "left": str(error)}

@@ -21,9 +21,11 @@ from stagekit.digest import digests
 from stagekit.distributed import configuration, count_processes, live_processes, visible_gpus
 from stagekit.environment import stage_environment
 from stagekit.errors import StageError
+from stagekit.iterations import START
 from stagekit.launch import exit_code
 from stagekit.plan import as_text, plan
 from stagekit.stage_options import Distributed
+from stagekit.walk import _keep_texts
 from tests.launched import torchrun
 from tests.running import account, lines, losses, pipeline, stage, weights
 from tests.test_isolation import ROOT
@@ -234,6 +236,46 @@ def test_the_number_of_processes_is_part_of_what_a_result_depends_on(tiny_model_
     assert digests(whole, 2) == digests(whole, 3)
 
 
+def test_texts_do_not_depend_on_the_number_of_processes(tiny_model_path: str, tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "Name a fruit."}) + "\n")
+    split = {"training_data": str(tmp_path / "rows.jsonl"), "distributed_strategy": "ddp"}
+    stages = (
+        TrainingStage(name="labels", method="ai_feedback", **split),
+        TrainingStage(name="made", method="synthetic_data", **split),
+        TrainingStage(name="learnt", method="constitutional", **split),
+    )
+    one = TrainingPipeline(model=tiny_model_path, stages=stages)
+    two, three = digests(one, 2), digests(one, 3)
+    assert {name: two[name] == three[name] for name in two} == {"labels": True, "made": True, "learnt": False}
+    entries = plan(one, processes=2)
+    assert "2 processes share out the texts that are written" in entries[0]["notes"]
+    assert "2 processes of batch_size 8: an optimiser step takes 16 rows" in entries[2]["notes"]
+
+
+def test_an_engine_that_takes_all_gpus_is_not_started_by_each_process() -> None:
+    with pytest.raises(ConfigError, match=r"generation\.backend: 'vllm' takes the machine's GPUs .* use transformers"):
+        TrainingStage(
+            name="s", method="constitutional", training_data="x.jsonl", generation={"backend": "vllm"},
+            distributed_strategy="ddp",
+        )  # fmt: skip
+
+
+def test_a_stage_that_changed_keeps_the_texts_of_its_iterations(tmp_path: Path) -> None:
+    old, new = tmp_path / "old", tmp_path / "new"
+    for folder in (old, old / "iteration-1", new):
+        folder.mkdir()
+        (folder / "journal.jsonl").write_text(folder.name)
+    (old / "iteration-1" / START).write_text("{}")
+    (old / "iteration-1" / "outcome.json").write_text("{}")
+    _keep_texts(old, new)
+    kept = {str(path.relative_to(new)): path.read_text() for path in new.rglob("*.*")}
+    assert kept == {
+        "journal.jsonl": "old",
+        "iteration-1/journal.jsonl": "iteration-1",
+        "iteration-1/start.json": "{}",
+    }
+
+
 def test_the_plan_counts_the_steps_of_all_processes(tiny_model_path: str, tmp_path: Path) -> None:
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(json.dumps({"prompt": "a", "completion": "b"}) + "\n" for _ in range(10)))
@@ -244,7 +286,7 @@ def test_the_plan_counts_the_steps_of_all_processes(tiny_model_path: str, tmp_pa
     assert plan(one, processes=1)[0]["steps"] == 5 * 3
 
 
-@pytest.mark.parametrize("kind", ["constitutional", "evaluation", "custom"])
+@pytest.mark.parametrize("kind", ["evaluation", "custom"])
 def test_a_type_that_one_process_does_alone_refuses_to_be_split(kind: str) -> None:
     given = {"type": kind, "function": "json:loads"} if kind == "custom" else kind
     with pytest.raises(ConfigError, match="distributed_strategy: has no effect here"):

@@ -8,7 +8,7 @@ from stagekit.adapters.judged import comparison_problems, judge_problems
 from stagekit.errors import Problem
 from stagekit.groups import Judge, is_function
 from stagekit.options import Fraction, Positive
-from stagekit.stage_options import CallbackOptions, DataOptions, Identity, Loop, PrecisionOptions
+from stagekit.stage_options import CallbackOptions, DataOptions, DistributedOptions, Identity, Loop, PrecisionOptions
 
 
 if TYPE_CHECKING:
@@ -72,7 +72,9 @@ class AIFeedback(Method):
         "RLAIF labels: a judge compares two responses to every prompt; leaves soft-labelled preferences"
     )
     paper: ClassVar = "huggingface.co/papers/2212.08073"
-    families: ClassVar = frozenset({Identity, DataOptions, Loop, PrecisionOptions, CallbackOptions})
+    families: ClassVar = frozenset(
+        {Identity, DataOptions, Loop, PrecisionOptions, CallbackOptions, DistributedOptions}
+    )
     slots: ClassVar = frozenset({"model", "generation"})
     instead: ClassVar = NO_TRAINING
     refused: ClassVar = {

@@ -72,10 +72,6 @@ class Constitutional(Method):
     config_class: ClassVar = "trl:SFTConfig"
     default_learning_rate: ClassVar = 2e-5
     slots: ClassVar = frozenset({"model", "lora", "generation", "text_metrics", "trl"})
-    refused: ClassVar = {
-        "distributed_strategy": "one process writes the texts; to learn them in several, put an sft stage on "
-        "stage:NAME/revisions, with distributed_strategy: ddp"
-    }
     columns: ClassVar = (("prompt",),)
     makes: ClassVar = ("revisions", "preferences")
     metric_keys: ClassVar = {

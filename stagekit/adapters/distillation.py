@@ -252,12 +252,14 @@ class Distillation(Method):
     def _with_student(self, job: "Job", layers: int) -> "Job":
         import dataclasses
 
+        from stagekit import ranks
         from stagekit.job import ModelInput
         from stagekit.models import load_tokenizer
         from stagekit.trainers.distillation_student import save_student
 
         folder = job.folder / "student"
-        save_student(self._teacher(job), layers, folder)
+        teacher = self._teacher(job)
+        ranks.once(lambda: save_student(teacher, layers, folder))
         path = str(folder.resolve())
         return dataclasses.replace(job, model=ModelInput(path), tokenizer=load_tokenizer(path, job.chat_template))
 

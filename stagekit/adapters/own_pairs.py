@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from stagekit.adapters.base import Method, Setting, setting
 from stagekit.adapters.references import OWNED, cache_arguments, precomputes, reference_settings
-from stagekit.adapters.reinforcement import ONE_PROCESS
 from stagekit.errors import Problem
 from stagekit.groups import is_server
 
@@ -28,7 +27,6 @@ class OwnPairs(Method):
     trainer_class: ClassVar = "trl:DPOTrainer"
     config_class: ClassVar = "trl:DPOConfig"
     slots: ClassVar = frozenset({"model", "lora", "generation", "trl"})
-    refused: ClassVar = {"distributed_strategy": ONE_PROCESS}
     metric_keys: ClassVar = {"loss": "eval_loss", "accuracy": "eval_rewards/accuracies", "custom": ""}
     whose: ClassVar[str] = "the model that wrote the pairs"
     """What the reference is, in the type's words."""

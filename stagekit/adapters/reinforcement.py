@@ -40,9 +40,6 @@ _OWNED = {
 """Arguments that stagekit must know, and the option that says each."""
 
 
-ONE_PROCESS = "stages that write texts were checked in one process only; leave it out"
-
-
 class Scored(Method):
     """A stage whose model samples, is scored, and learns from the scores."""
 

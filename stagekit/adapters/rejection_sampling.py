@@ -4,7 +4,6 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from stagekit.adapters.base import Method
-from stagekit.adapters.reinforcement import ONE_PROCESS
 from stagekit.errors import Problem
 from stagekit.groups import Generation, Rewards, is_function, is_server
 from stagekit.options import Positive
@@ -51,7 +50,6 @@ class RejectionSampling(Method):
     config_class: ClassVar = "trl:SFTConfig"
     default_learning_rate: ClassVar = 2e-5
     slots: ClassVar = frozenset({"model", "lora", "generation", "trl"})
-    refused: ClassVar = {"distributed_strategy": ONE_PROCESS}
     columns: ClassVar = (("prompt",),)
     scored_by: ClassVar = frozenset({"SEQ_CLS"})
     makes: ClassVar = ("selected", "preferences", "scored")

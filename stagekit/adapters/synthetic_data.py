@@ -10,7 +10,7 @@ from stagekit.errors import Problem
 from stagekit.groups import Generation, Model, Rewards, is_function, is_server
 from stagekit.options import Count, Positive
 from stagekit.reward_options import reward_problems
-from stagekit.stage_options import CallbackOptions, DataOptions, Identity, Loop
+from stagekit.stage_options import CallbackOptions, DataOptions, DistributedOptions, Identity, Loop
 
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ class SyntheticData(Method):
 
     summary: ClassVar = "a teacher writes instructions and answers; what is good and new becomes a dataset"
     paper: ClassVar = "huggingface.co/papers/2212.10560"
-    families: ClassVar = frozenset({Identity, DataOptions, Loop, CallbackOptions})
+    families: ClassVar = frozenset({Identity, DataOptions, Loop, CallbackOptions, DistributedOptions})
     slots: ClassVar = frozenset({"model", "generation"})
     instead: ClassVar = NO_TRAINING
     refused: ClassVar = {

@@ -18,9 +18,9 @@ from typing import Any
 
 from stagekit.choices import Chooser, Comparison, Question, facts_of
 from stagekit.counters import digest_of, draw
-from stagekit.errors import Interrupted
 from stagekit.journal import Journal, Record
 from stagekit.requests import Generator, Message, plan_batches
+from stagekit.shares import share_out
 from stagekit.templates import COMPARISON, VERDICT, as_text, filled
 from stagekit.writer import Ask, Progress, Writer, is_done
 
@@ -223,34 +223,37 @@ def _judge(
     lengths = {key: judge.prompt_length(question.messages) for key, question in questions.items()}
     fitting = [question for key, question in questions.items() if limit is None or lengths[key] < limit]
     batches = plan_batches(fitting, lengths, writer.batch_tokens)
-    for position, batch in enumerate(batches):
-        keys = [question.key for question in batch]
-        batch_id = digest_of(*keys)
-        if is_done(journal, batch_id, keys):
-            continue
-        if writer.should_stop is not None and writer.should_stop():
-            raise Interrupted(
-                f"stopped before batch {position + 1} of {len(batches)} of the judgements. {journal.path} holds all "
-                "so far; start again to go on."
-            )
-        start = time.monotonic()
-        asked = [questions[key] for key in keys]
-        journal.append_batch(
-            batch_id,
-            [
-                {
-                    "key": question.key,
-                    "stage": journal.info.get("stage", writer.stage),
-                    **facts[question.key],
-                    **facts_of(question, choice),
-                    "model": judge.fingerprint,
-                }
-                for question, choice in zip(asked, judge.choose(asked), strict=True)
-            ],
+    pending = [
+        (position, keys)
+        for position, keys in enumerate([question.key for question in batch] for batch in batches)
+        if not is_done(journal, digest_of(*keys), keys)
+    ]
+
+    def judged(piece: tuple[int, list[str]]) -> tuple[list[dict[str, Any]], float]:
+        start, asked = time.monotonic(), [questions[key] for key in piece[1]]
+        records = [
+            {
+                "key": question.key,
+                "stage": journal.info.get("stage", writer.stage),
+                **facts[question.key],
+                **facts_of(question, choice),
+                "model": judge.fingerprint,
+            }
+            for question, choice in zip(asked, judge.choose(asked), strict=True)
+        ]
+        return records, time.monotonic() - start
+
+    def left(piece: tuple[int, list[str]]) -> str:
+        return (
+            f"stopped before batch {piece[0] + 1} of {len(batches)} of the judgements. {journal.path} holds all "
+            "so far; start again to go on."
         )
+
+    for done in share_out(pending, judged, writer.should_stop, left):
+        (position, keys), (records, seconds) = done.piece, done.result
+        journal.append_batch(digest_of(*keys), records)
         if writer.on_batch is not None:
-            elapsed = time.monotonic() - start
-            writer.on_batch(Progress("judgement", iteration, position + 1, len(batches), len(batch), 0, elapsed))
+            writer.on_batch(Progress("judgement", iteration, position + 1, len(batches), len(keys), 0, seconds))
 
 
 def _verdict(pair: Pair, asking: Asking, seed: int, keys: Mapping[str, str], journal: Journal) -> Verdict | None:

@@ -156,8 +156,10 @@ def score(
         columns = {name: [row.get(name) for row in rows] for name in rows[0] if name != "prompt"}
         return scorer.score([row["prompt"] for row in rows], [first[key][1].text for key in keys], columns)
 
-    stopped = f"stopped while scoring; {journal.path} holds the rewards so far; start again to go on."
-    for done in share_out(pending, rewards_of, should_stop, stopped):
+    def left(keys: list[str]) -> str:
+        return f"stopped while scoring; {journal.path} holds the rewards so far; start again to go on."
+
+    for done in share_out(pending, rewards_of, should_stop, left):
         keys = done.piece
         written = [{"key": key, "reward": reward} for key, reward in zip(keys, done.result, strict=True)]
         journal.append_batch(digest_of(*keys), written)
