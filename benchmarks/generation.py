@@ -65,8 +65,8 @@ def ratio(theirs: Callable[[], Any], ours: Callable[[], Any], repeats: int) -> l
 class Bench:
     """The model with its tokenizer, and what is asked of it."""
 
-    def __init__(self, path: str, cai_prompts: int = 16) -> None:
-        self.cai_prompts = cai_prompts
+    def __init__(self, path: str, cai_prompts: int = 16, cai_tokens: int = 64) -> None:
+        self.cai_prompts, self.cai_tokens = cai_prompts, cai_tokens
         self.model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
         self.tokenizer = AutoTokenizer.from_pretrained(path)
         self.model.generation_config = GenerationConfig()
@@ -104,12 +104,12 @@ class Bench:
     ) -> list[list[int]]:
         """By `generate`, in the same batches or one by one."""
         generator = self.generator(sampling)
-        lengths = {request.key: generator.prompt_length(request.messages) for request in requests}
+        prompts = {request.key: generator.prompt_ids(request.messages) for request in requests}
+        lengths = {key: len(ids) for key, ids in prompts.items()}
         batches = [(one,) for one in requests] if alone else plan_batches(requests, lengths, batch_tokens)
         found: dict[str, list[int]] = {}
         for batch in batches:
-            prompts = [generator.prompt_ids(request.messages) for request in batch]
-            rows = self.generate(prompts, batch[0].max_new_tokens, sampling)
+            rows = self.generate([prompts[request.key] for request in batch], batch[0].max_new_tokens, sampling)
             found.update({request.key: row for request, row in zip(batch, rows, strict=True)})
         return [found[request.key] for request in requests]
 
@@ -137,10 +137,10 @@ def cai(bench: Bench, repeats: int) -> str:
     """
     sampling = Sampling(temperature=0.7)
     found, tokens = [], {"raw": 0, "own": 0}
-    _Constitution(bench, sampling, 2, 0).run(max_new_tokens=2)  # what the first run does once
+    _Constitution(bench, sampling, 2, 0).run(2)  # what the first run does once
     for seed in range(repeats):
         constitution = _Constitution(bench, sampling, bench.cai_prompts, seed)
-        own = cpu_seconds(constitution.run)
+        own = cpu_seconds(lambda made=constitution: made.run(bench.cai_tokens))
         phases = constitution.phases
 
         def raw(phases: Any = phases) -> None:
@@ -175,8 +175,8 @@ class _Constitution:
         self._spent += time.process_time() - start
         return completions
 
-    def run(self, max_new_tokens: int = 64) -> None:
-        """With a journal in a folder of its own."""
+    def run(self, max_new_tokens: int) -> None:
+        """Critiques of three quarters of that; with a journal in a folder of its own."""
         from stagekit.trainers.constitutional import plan_digest, revise
 
         plan: dict[str, Any] = {
@@ -358,6 +358,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--recorded", type=Path, help="recorded candidates with rewards, as JSON lines")
     parser.add_argument("--cai-prompts", type=int, default=16, help="of the constitutional benchmark")
+    parser.add_argument("--cai-tokens", type=int, default=64, help="of its answers and revisions at most")
     given = parser.parse_args()
     torch.set_num_threads(1)
     wanted = given.only or [*BENCHES, *(["replay"] if given.recorded else [])]
@@ -366,7 +367,7 @@ def main() -> None:
     if "replay" in wanted:
         print(f"| replay | {replay(given.recorded)} |", flush=True)
         wanted = [name for name in wanted if name != "replay"]
-    bench = Bench(local_model(given.model), given.cai_prompts) if wanted else None
+    bench = Bench(local_model(given.model), given.cai_prompts, given.cai_tokens) if wanted else None
     for name in wanted:
         assert bench is not None
         print(f"| {name} | {BENCHES[name](bench, given.repeats)} |", flush=True)

@@ -155,6 +155,7 @@ class _Chain:
     tokens: int = 0  # of the current answer
     drop: str | None = None
     rounds: list[Round] = field(default_factory=list)
+    principles: dict[int, Principle] = field(default_factory=dict)  # those drawn, by round
     lengths: dict[int, int] = field(default_factory=dict)  # round -> tokens of its conversation without the texts
 
     def conversation(self, *turns: str) -> tuple[Message, ...]:
@@ -330,8 +331,10 @@ class _Walk:
         return [one for one in self.chains.values() if one.prompt.revise is revise and one.drop is None]
 
     def _principle(self, chain: _Chain, number: int) -> Principle:
-        place = draw(self.seed, "principle", chain.prompt_id, str(number))
-        return self.principles[int(place * len(self.principles))]
+        if number not in chain.principles:
+            place = draw(self.seed, "principle", chain.prompt_id, str(number))
+            chain.principles[number] = self.principles[int(place * len(self.principles))]
+        return chain.principles[number]
 
     def _key(self, chain: _Chain, number: int, role: Role, attempt: int = 0) -> str:
         return digest_of(self.writer.journal.digest, chain.prompt_id, number, role, attempt)

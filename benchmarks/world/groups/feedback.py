@@ -9,17 +9,21 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.world import rows
-from benchmarks.world.method import Data, Method
+from benchmarks.world.method import Data, MakeData, Method
 from benchmarks.world.world import World
 
 
-PROMPTS = 1600
+PROMPTS = {"ai_feedback": 1600, "self_rewarding": 800}
+"""Two answers to each prompt, or four in each of two iterations."""
 HELD_OUT = 400
 JUDGED = ("held_out/judge/accuracy", "judge/accuracy", "iteration_1/judge/accuracy", "judge/orders_agree")
 
 
-def _prompts(world: World) -> Data:
-    return {"rows": rows.prompts(world, PROMPTS), "pairs": rows.preferences(world, HELD_OUT, split="dev")}
+def _prompts(n: int) -> MakeData:
+    def data(world: World) -> Data:
+        return {"rows": rows.prompts(world, n), "pairs": rows.preferences(world, HELD_OUT, split="dev")}
+
+    return data
 
 
 def _judge(result: Any, world: World, base: Path, setup: Any) -> Mapping[str, Any]:
@@ -38,7 +42,9 @@ def _row(name: str, pipeline: str, judge: str | None = None, note: str = "") -> 
     chosen = () if judge is None else (f"stages.{stage}.method.judge=benchmarks.world.judges:{judge}",)
     control = f"{name}-coin" if judge is None else None
     own = name if judge is None else f"{name}-{judge}"
-    return Method(own, "feedback", pipeline, _prompts, (*data, *chosen), control, extra=_judge, note=note)
+    return Method(
+        own, "feedback", pipeline, _prompts(PROMPTS[pipeline]), (*data, *chosen), control, extra=_judge, note=note
+    )
 
 
 COIN = "a judge that tosses a coin for each pair: no signal"

@@ -100,7 +100,7 @@ _BOTH = ("stages.sft.training_data={rows}", "stages.spin.training_data={rows}")
 ROWS = (
     Method("raft", "rejection_sampling", "raft", _prompts, (f"stages.raft.method.n={N}",), "raft-random",
            extra=best_of_n),
-    Method("raft-random", "rejection_sampling", "raft", _prompts, ("stages.raft.method.n=1",), extra=best_of_n,
+    Method("raft-random", "rejection_sampling", "raft", _prompts, ("stages.raft.method.n=1",),
            note="learns a single sample of each prompt, a random one of n: what it gains or loses is not from the "
            "choice"),
     Method("spin", "self_play", "spin", demonstrations(0.0, SPIN_ROWS), _BOTH, "spin-sft", extra=distances),
