@@ -307,6 +307,7 @@ def main() -> None:
     load = os.getloadavg()[0]
     with tempfile.TemporaryDirectory() as folder:
         costs = [*online_cost(given.rounds, folder), *cached_cost(given.epochs, folder), *memory()]
+        print("\n".join(costs), flush=True)
         gained = gain_table(given.seeds, folder)
     packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "trl", "transformers"))
     lines = [

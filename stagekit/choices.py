@@ -31,7 +31,7 @@ class Comparison:
     principle: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Question(Request):
     """Which of two `choices` comes next after `messages`: the first stands for the first response of `comparison`."""
 

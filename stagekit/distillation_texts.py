@@ -13,6 +13,7 @@ from stagekit.generating import (
     note_prompts,
     open_journal,
     progress,
+    template_mark,
     write_datasets,
 )
 from stagekit.groups import Generation
@@ -88,8 +89,11 @@ def _why_not(trace: "Trace") -> str | None:
     return "truncated" if trace.initial.truncated else None
 
 
-def _teacher(job: Job, teacher: Any, quantization: Any, generation: Generation) -> "Generator":
-    """Who writes: the teacher in its own dtype, or the function that stands in for it."""
+def _teacher(
+    job: Job, teacher: Any, quantization: Any, generation: Generation, chat_template: str | None = None
+) -> "Generator":
+    """Who writes: the teacher in its own dtype, with its own template unless another is given; or the function that
+    stands in for it."""
     if generation.backend != "transformers":
         return generator_for(job, teacher if isinstance(teacher, str) else None, generation)
     from stagekit.generation import TransformersGenerator, weights_fingerprint
@@ -102,5 +106,7 @@ def _teacher(job: Job, teacher: Any, quantization: Any, generation: Generation) 
         name, identity = teacher, model_fingerprint(teacher)
     else:
         loaded, name, identity = teacher, teacher.name_or_path, weights_fingerprint(teacher)
-    fingerprint = f"{identity} {loaded.dtype} {quantization is not None} {sampling}"
-    return TransformersGenerator(loaded, load_tokenizer(name), sampling, fingerprint, on_token=heartbeat(job))
+    tokenizer = load_tokenizer(name, chat_template)
+    template = template_mark(chat_template, tokenizer)
+    fingerprint = f"{identity} {loaded.dtype} {quantization is not None} {sampling}{template}"
+    return TransformersGenerator(loaded, tokenizer, sampling, fingerprint, on_token=heartbeat(job))

@@ -54,8 +54,17 @@ def generator_for(job: Job, model: str | None, generation: Generation) -> Genera
         device_map=device_map(),
     )
     tokenizer = load_tokenizer(model, job.chat_template)
-    fingerprint = f"{model_fingerprint(model)} {loaded.dtype} {lora.bits if lora else None} {sampling}"
+    bits, template = lora.bits if lora else None, template_mark(job.chat_template, tokenizer)
+    fingerprint = f"{model_fingerprint(model)} {loaded.dtype} {bits} {sampling}{template}"
     return TransformersGenerator(loaded, tokenizer, sampling, fingerprint, on_token=heartbeat(job))
+
+
+def template_mark(given: str | None, tokenizer: Any) -> str:
+    """What a fingerprint says of a template that was given in the place of the model's own (its text, be it named by a
+    file); nothing where none was."""
+    from stagekit.counters import digest_of
+
+    return "" if given is None else f" template {digest_of(tokenizer.chat_template)[:16]}"
 
 
 def _in_bf16(job: Job) -> bool:
@@ -75,8 +84,9 @@ def _vllm(job: Job, model: str, sampling: Sampling) -> Generator:
             f"stage {job.stage.name!r}: generation.backend: vllm reads full weights, and {model} is an adapter; set "
             "lora.merge: true in the stage before, or use transformers"
         )
-    fingerprint = f"vllm {model_fingerprint(model)} {sampling}"
-    return VLLMGenerator(model, load_tokenizer(model, job.chat_template), sampling, fingerprint)
+    tokenizer = load_tokenizer(model, job.chat_template)
+    fingerprint = f"vllm {model_fingerprint(model)} {sampling}{template_mark(job.chat_template, tokenizer)}"
+    return VLLMGenerator(model, tokenizer, sampling, fingerprint)
 
 
 def open_journal(job: Job, digest: str, info: dict[str, Any], name: str = "journal.jsonl") -> Any:

@@ -109,15 +109,12 @@ def _with_shared(
     device: torch.device,
 ) -> list[Known]:
     """`known`, with what all prompts begin with where less than that is known of several, and reading it once pays."""
-    first, last = (
-        min(map(tuple, prompts)),
-        max(map(tuple, prompts)),
-    )  # what these two begin with, all that stand between them begin with
-    length = min(_common(first, last), min(map(len, prompts)) - 1)
+    ordered = sorted(map(tuple, prompts))  # what the first and the last begin with, all between them begin with
+    length = min(_common(ordered[0], ordered[-1]), min(map(len, prompts)) - 1)
     less = [row for row, one in enumerate(known) if _common(one.ids, prompts[row]) < length]
     if (len(less) - 1) * length <= PASS:
         return list(known)
-    cache, ids = new_cache(), list(first[:length])
+    cache, ids = new_cache(), list(ordered[0][:length])
     read(torch.tensor([ids], device=device), torch.ones(1, length, dtype=torch.long, device=device), cache)
     prefix = _known(ids, cache, 0, 0)
     return [prefix if row in less else one for row, one in enumerate(known)]

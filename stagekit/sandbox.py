@@ -10,8 +10,9 @@ What each run has, all of it from the kernel (Linux 5.12 or newer):
 * a clean environment, no standard input or output, `python -I -S`.
 
 Where one of these is refused nothing is run, unless the caller says `unsafe`. The trainer's process executes nothing.
-What is not kept apart is the code and its tests, which share an interpreter: code that sets out to deceive its tests,
-by replacing a function that they call or returning an object that is equal to everything, can.
+What is not kept apart is the code and its tests, which share an interpreter. Leaving early passes nothing, replacing
+builtins does not reach the tests, and an object that is equal to everything is equal to no plain data by the == of a
+test; but code that replaces what its tests import, or searches the interpreter for what runs it, can deceive them.
 """
 
 import functools

@@ -64,7 +64,7 @@ def _written(
 
     generation = job.stage.generation or Generation()
     teacher = _who(job, method, generation)
-    wanted = synthetic.Wanted(method.instructions, method.examples, method.topics, method.request)
+    wanted = synthetic.Wanted(method.instructions, method.examples, method.topics, method.request, method.example_line)
     shared: dict[str, Any] = {"seed": job.stage.random_seed, "batch_tokens": generation.batch_tokens}
     plan = {**shared, "max_new_tokens": method.max_instruction_tokens or generation.max_new_tokens}
     told: dict[str, Any] = {"on_batch": progress(job, lambda done: TITLES[done.role]), "should_stop": job.stop}
@@ -141,7 +141,7 @@ def _who(job: Job, method: "SyntheticData", generation: Generation) -> "Generato
             return generator_for(job, job.model.generates if job.model else None, generation)
         if job.model is None:
             raise StageError(f"stage {job.stage.name!r} has no model to write with")
-        return _teacher(job, job.model.generates, None, generation)
+        return _teacher(job, job.model.generates, None, generation, job.chat_template)
     if isinstance(name, str) and name.startswith("stage:"):
         policy = job.results[name.removeprefix("stage:")].policy
         if policy is None:

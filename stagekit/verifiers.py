@@ -225,14 +225,14 @@ def maths(
     """1 where the completion's answer equals the one in `column` as mathematics, by the package math-verify.
 
     Numbers, fractions, sets, intervals, matrices, expressions and equations, in LaTeX or plain: 1/2 is
-    \\frac{2}{4} and 0.5, 50% is 0.5 (and 50), a unit plays no part, {1, 2} is {2, 1}. Of a completion counts the
-    last \\boxed{}, else the mathematics that it ends with. Words are letters multiplied; compare them with `exact`.
+    `\\frac{2}{4}` and 0.5, 50% is 0.5 (and 50), a unit plays no part, {1, 2} is {2, 1}. Of a completion counts the
+    last `\\boxed{}`, else the mathematics that it ends with. Words are letters multiplied; compare them with `exact`.
 
     Args:
         completions: Texts or conversations.
         column: The column with the right answers: the answer alone, or a text that marks it as mathematics.
         extract: See above; all of what it finds is the answer.
-        boxed: Whether a completion without \\boxed{} is wrong.
+        boxed: Whether a completion without `\\boxed{}` is wrong.
         cpu_seconds: CPU time for one comparison; one that takes more is wrong, such as one with 9^9^9^9.
         columns: The columns of the data.
 
@@ -276,7 +276,8 @@ def python_tests(
     The code is the last fenced block that is python or of no named language; without a fence, all of the completion. A
     test is Python code that ends without an exception, for instance `assert f(1) == 2`. It is executed after the code,
     in the same interpreter, on a copy of its names, and fails where the process leaves or is ended before it is done.
-    `__name__` is `completion`, so what the code does as a script is not done.
+    `__name__` is `completion`, so what the code does as a script is not done. An object with an `__eq__` of the code's
+    own is equal to no plain data (numbers, texts, lists of them), so that no answer is equal to all.
 
     Args:
         completions: Texts or conversations.
@@ -287,7 +288,7 @@ def python_tests(
         wall_seconds: Time for the code and its tests.
         memory_mb: Address space of a process of the code.
         files_mb: What the code may write, in all.
-        processes: Processes and threads of the code at a time, and two more that guard it.
+        processes: Processes and threads at a time, with the two that are there before the code starts any.
         packages: Whether the code may import the packages that are installed here, beside the standard library.
         unsafe: Run the code also where the kernel refuses a part of the sandbox, with the parts that there are.
         columns: The columns of the data.

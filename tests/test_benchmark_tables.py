@@ -52,17 +52,28 @@ def test_memory_is_shown_by_rollout() -> None:
     assert lines[-1] == "| stagekit, default | 3 | 3 | 3 |"
 
 
+def pairs(ratios: list[float], same: bool = True) -> list[dict[str, Any]]:
+    """Pairs of processes whose blocks have these ratios."""
+    rest = {"kind": "grpo", "block": 2, "same": same, "rewards": 3, "fixed": (2, 1)}
+    return [{"ours": [0.5 * ratio, 1.5 * ratio], "theirs": [0.5, 1.5], **rest} for ratio in ratios]
+
+
 @pytest.mark.parametrize(("factor", "noise", "held"), [(1.01, 0.001, True), (1.1, 0.001, False), (1.0, 0.3, False)])
 def test_an_overhead_is_held_by_an_interval_that_is_narrow_and_low(factor: float, noise: float, held: bool) -> None:
-    ours = [factor * (1 + noise * (-1) ** place) for place in range(10)]
-    row = {"kind": "grpo", "block": 2, "ours": ours, "theirs": [1.0] * 10, "same": True, "rewards": 3, "fixed": (2, 1)}
-    assert ("**missed**" in ppo.overhead_table([row])[-1]) is not held
+    lines = ppo.overhead_table(pairs([factor * (1 + noise * (-1) ** place) for place in range(10)]))
+    row = next(line for line in lines if line.startswith("| grpo"))
+    assert ("**missed**" in row) is not held
+    assert "| 10 | all 30 the same | 2.0 s, bare 1.0 s |" in row
+
+
+def test_parts_that_were_not_run_are_named() -> None:
+    text = ppo.as_markdown({"small": {"load": "1.0", "rows": small_rows(1.0, 1.0, 1.0)}}, "python -m benchmarks.ppo")
+    assert text.endswith("Not run yet: seconds, memory, overhead.\n")
 
 
 def test_rewards_that_differ_are_told() -> None:
-    row = {"kind": "rloo", "block": 2, "ours": [1.0, 1.1], "theirs": [1.0, 1.0], "same": False, "rewards": 3,
-           "fixed": (2, 1)}  # fmt: skip
-    assert any("**not the same**" in line for line in ppo.overhead_table([row]))
+    lines = ppo.overhead_table([*pairs([1.0]), *pairs([1.1], same=False)])
+    assert any("**not the same**" in line for line in lines)
 
 
 def test_a_section_replaces_what_stood_there_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

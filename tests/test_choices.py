@@ -42,7 +42,7 @@ def served(tmp_path: Path) -> Iterator[tuple[str, Path]]:
 
 
 def ask(text: str, first: str = "yes", second: str = "no", choices: tuple[str, str] = ("A", "B")) -> Question:
-    return Question(text, chat(text), 1, choices, Comparison(chat("Q?"), first, second, "Which?"))
+    return Question(text, chat(text), 1, choices=choices, comparison=Comparison(chat("Q?"), first, second, "Which?"))
 
 
 def test_a_server_s_tokens_are_summed_for_the_choice_that_they_begin(served: tuple[str, Path]) -> None:

@@ -164,7 +164,7 @@ def test_texts_are_generated_once_but_for_the_batch_under_way(
     finish(file, folder)
     asked = (folder / "asked.jsonl").read_text().splitlines()
     assert len(set(asked)) == 36
-    assert len(asked) - len(set(asked)) <= 4  # the batch that was killed
+    assert len(asked) - len(set(asked)) <= 2 * 3  # at each end, the batch under way: a prompt's three texts
 
 
 def test_a_stage_that_is_switched_off_is_no_model_for_the_next_child(

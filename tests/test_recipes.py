@@ -7,7 +7,7 @@ import pytest
 
 from stagekit import load
 from stagekit.plan import plan
-from stagekit.recipes import cai, rejection_sampling
+from stagekit.recipes import cai, rejection_sampling, self_play
 from stagekit.recipes.launch import launch
 from stagekit.result import StageResult
 
@@ -40,6 +40,7 @@ def test_the_file_of_the_demo_is_the_recipes_default() -> None:
     needs_smollm2()
     assert load(RECIPES / "cai" / "smollm2-135m.yaml") == cai.pipeline()
     assert load(RECIPES / "rejection_sampling" / "smollm2-135m.yaml") == rejection_sampling.pipeline()
+    assert load(RECIPES / "self_play" / "smollm2-135m.yaml") == self_play.pipeline()
 
 
 def test_the_smoke_file_of_rejection_sampling_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -50,6 +51,39 @@ def test_the_smoke_file_of_rejection_sampling_runs(tmp_path: Path, monkeypatch: 
     result = StageResult.read(tmp_path / "run" / "01-raft" / "result.json", tmp_path / "run")
     assert result is not None and result.status == "completed"
     assert result.metrics["reward/kept"] > result.metrics["reward/mean"]
+
+
+def test_the_smoke_file_of_self_play_runs_and_measures_before_and_after(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STAGEKIT_CACHE", str(tmp_path / "cache"))
+    file = RECIPES / "self_play" / "smoke.yaml"
+    smoke, demo = load(file), self_play.pipeline(model="m")
+    assert [one.name for one in smoke.stages] == [one.name for one in demo.stages]
+    assert smoke.stages[2].method == demo.stages[2].method
+    arguments = ["--config", str(file), "--output-dir", str(tmp_path / "run")]
+    assert launch(self_play.pipeline, "self_play", "", arguments) == 0
+    found = {}
+    for folder in ("02-before", "03-spin", "04-after"):
+        result = StageResult.read(tmp_path / "run" / folder / "result.json", tmp_path / "run")
+        assert result is not None and result.status == "completed"
+        found[folder] = result.metrics
+    assert found["02-before"]["eval_loss"] != found["04-after"]["eval_loss"]
+    assert {"iteration_1/margin", "iteration_2/margin", "real_logps_change"} <= found["03-spin"].keys()
+
+
+def test_the_last_answer_of_a_chat_is_its_completion() -> None:
+    from datasets import Dataset
+
+    def turn(role: str, text: str) -> dict[str, str]:
+        return {"role": role, "content": text}
+
+    chats = [
+        [turn("user", "a"), turn("assistant", "b"), turn("user", "c"), turn("assistant", "d")],
+        [turn("user", "a"), turn("assistant", "b"), turn("user", "c")],
+    ]
+    (row,) = self_play.last_turn(Dataset.from_list([{"messages": chat, "id": 1} for chat in chats]), "train")
+    assert row == {"prompt": chats[0][:3], "completion": chats[0][3:]}
 
 
 def test_the_toy_reward_likes_short_answers_that_end() -> None:

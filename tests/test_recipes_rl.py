@@ -11,6 +11,7 @@ import pytest
 
 from stagekit import load
 from stagekit.errors import ConfigError
+from stagekit.plan import plan
 from stagekit.recipes import held_out, rlhf, rlvr
 from stagekit.recipes.launch import launch
 from stagekit.result import StageResult
@@ -38,6 +39,22 @@ def test_the_smoke_file_is_the_same_pipeline_made_small(kind: str) -> None:
         assert (small.name, small.method.type) == (real.name, real.method.type)
         assert (small.training_data, small.validation_data) == (real.training_data, real.validation_data)
         assert getattr(small.method, "reward", None) == getattr(real.method, "reward", None)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_cloud_file_is_the_shape_of_the_recipe_on_eight_gpus_and_says_that_it_was_not_run(kind: str) -> None:
+    file = RECIPES / kind / "llama-3.1-8b.yaml"
+    cloud, demo = load(file), KINDS[kind].pipeline(model="m")
+    assert "it has not been run on GPUs" in file.read_text()
+    assert cloud.stages[-1].method.type == demo.stages[-1].method.type
+    entries = plan(cloud, 8)
+    assert [entry["stage"] for entry in entries] == [stage.name for stage in cloud.stages]
+    assert all(stage.distributed_strategy == "ddp" and stage.lora is not None for stage in cloud.stages)
+    found = {one["argument"]: one["value"] for one in entries[-1]["arguments"]}
+    assert (found["use_vllm"], found["vllm_mode"], found["bf16"]) == (True, "colocate", True)
+    step = 8 * found["per_device_train_batch_size"] * found["gradient_accumulation_steps"]
+    assert step % found.get("num_generations", 1) == 0
+    assert found.get("generation_batch_size", step) % step == 0
 
 
 @pytest.mark.parametrize("kind", KINDS)

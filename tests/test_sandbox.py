@@ -164,6 +164,48 @@ PRETENDING = {
 }
 
 
+ALWAYS_EQUAL = """
+class Equal(int):
+    def __eq__(self, other):
+        return True
+    __hash__ = int.__hash__
+def f(x):
+    return Equal()
+"""
+
+
+def test_what_is_equal_to_everything_is_equal_to_no_plain_data() -> None:
+    tests = [
+        "assert f(1) == 2",
+        "assert 2 == f(1)",
+        "assert [f(1), 'a'] == [2, 'a']",
+        "assert {'a': (f(1),)} == {'a': (2,)}",
+        "def check(candidate):\n    assert candidate(1) == 2\ncheck(f)",
+    ]
+    assert count(ALWAYS_EQUAL, tests=tests) == 0
+    assert count(ALWAYS_EQUAL, tests=["assert f(1) == f(2)", "assert 1 + 1 == 2 == 3 - 1"]) == 2
+
+
+def test_other_equalities_are_those_of_python() -> None:
+    code = (
+        "import collections, dataclasses, enum, fractions, decimal\n"
+        "@dataclasses.dataclass\nclass Point:\n    x: int\n"
+        "class Colour(enum.IntEnum):\n    RED = 1\n"
+        "class Odd:\n    def __eq__(self, other):\n        return isinstance(other, Odd)\n"
+        "Pair = collections.namedtuple('Pair', 'a b')\nclass Plain:\n    pass\none = Plain()\n"
+    )
+    tests = [
+        "assert Point(1) == Point(1) and not Point(1) == Point(2)",
+        "assert Colour.RED == 1 and [Colour.RED] == [1]",
+        "assert Pair(1, 2) == (1, 2)",
+        "assert fractions.Fraction(4, 2) == 2 and decimal.Decimal(2) == 2 and True == 1 and 1.0 == 1",
+        "assert Odd() == Odd() and one == one and not one == Plain()",
+        "assert collections.Counter('aab') == {'a': 2, 'b': 1}",
+        "deep = []\nfor _ in range(500):\n    deep = [deep]\nassert deep == deep",
+    ]
+    assert count(code, tests=tests) == len(tests)
+
+
 @pytest.mark.parametrize("what", PRETENDING)
 def test_pretending_passes_nothing(what: str) -> None:
     assert count(PRETENDING[what], tests=["assert f(1) == 2", "assert abs(f(1) - 2) < 0.1"]) == 0
@@ -173,11 +215,13 @@ def test_the_code_finds_neither_its_tests_nor_their_keys_before_it_was_executed(
     code = (
         "import gc, sys\nframe, seen = sys._getframe(), []\n"
         "while frame:\n    seen.append(repr(frame.f_locals))\n    frame = frame.f_back\n"
-        "seen += [repr(one) for one in gc.get_objects() if isinstance(one, (dict, list, tuple))]\n"
-        "assert not any('secret' + 'word' in one for one in seen)\nx = 1\n"
+        "for one in gc.get_objects():\n"
+        "    inside = one.values() if type(one) is dict else one if type(one) in (list, tuple) else ()\n"
+        "    seen += [value for value in inside if type(value) is str]\n"
+        "wanted = ''.join(['secret', 'word'])\nassert not any(wanted in one for one in seen)\nx = 1\n"
     )
     assert count(code, tests=["assert x == 1 or 'secretword'"]) == 1
-    assert count(code.replace("not any", "any"), tests=["assert x == 1 or 'secretword'"]) == 0
+    assert count(f"hint = ['secretword']\n{code}", tests=["assert x == 1"]) == 0  # it does look
 
 
 def test_the_limits_are_those_that_were_given() -> None:

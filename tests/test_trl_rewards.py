@@ -2,7 +2,7 @@
 
 import inspect
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import trl.rewards
@@ -11,6 +11,7 @@ from stagekit import ConfigError, TrainingStage
 from stagekit.custom import resolve
 from stagekit.errors import StageError
 from stagekit.groups import TRL_REWARDS, RewardSource
+from stagekit.rejection import scorer_for
 from stagekit.rewards import reward_of
 from stagekit.trl_rewards import COMPARERS, MAKERS, options_of
 
@@ -102,6 +103,9 @@ def test_rejection_sampling_takes_those_that_read_texts(tmp_path: Path) -> None:
         method = {"type": "rejection_sampling", "reward": {"source": source, "options": options}}
         return TrainingStage(name="s", training_data="x.jsonl", method=method)
 
-    assert stage("think_format_reward").method.type == "rejection_sampling"
+    (declared,) = stage("think_format_reward").method.reward  # type: ignore[union-attr]
+    scorer: Any = scorer_for(cast(Any, None), [declared], "here")
+    assert scorer.score(["?", [{"role": "user", "content": "?"}]], [THOUGHT, "no"], {}) == [1.0, 0.0]
+    assert scorer.fingerprint.startswith("trl.rewards.format_rewards:think_format_reward ")
     with pytest.raises(ConfigError, match=r"method\.reward: what TRL's get_ functions make counts tokens"):
         stage("get_repetition_penalty_reward")

@@ -18,6 +18,7 @@ from benchmarks.world.method import Method, settings, uses_teacher
 from benchmarks.world.rows import preferences, write
 from benchmarks.world.skills import violates
 from benchmarks.world.world import TRAINED, Split, World, items_of
+from stagekit.adapters import METHODS as STAGE_TYPES
 from stagekit.options import with_overrides
 from stagekit.parse import parse, read
 from stagekit.result import PipelineResult
@@ -76,12 +77,20 @@ def _train(
     plain = with_overrides(read(HERE / "pipelines" / f"{method.pipeline}.yaml"), settings(method, places))
     plain |= {"model": str(places[method.model]), "output_dir": str(folder / "run")}
     for stage in plain["stages"]:
-        stage |= {"random_seed": seed, "max_steps": max_steps, "checkpoint_save_epochs": 0, "checkpoint_save_steps": 0}
+        stage["random_seed"] = seed
+        if _trains(stage["method"]):
+            stage |= {"max_steps": max_steps, "checkpoint_save_epochs": 0, "checkpoint_save_steps": 0}
     if method.critic_errors is not None:
         from benchmarks.world.critic import backend
 
-        plain["stages"][0]["generation"]["backend"] = backend(str(base), method.critic_errors, seed)
+        generation = plain["stages"][0]["generation"]
+        generation["backend"] = backend(str(base), method.critic_errors, seed, generation["temperature"])
     return parse(plain).run(quiet=True)
+
+
+def _trains(method: str | Mapping[str, Any]) -> bool:
+    """Whether a stage of this method, as a file declares it, trains."""
+    return STAGE_TYPES[method if isinstance(method, str) else method["type"]].trains
 
 
 def _policy(result: PipelineResult, world: World, base: Path, setup: Setup) -> dict[str, Any]:

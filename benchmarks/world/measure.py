@@ -61,3 +61,28 @@ def scores(held_out: Mapping[str, Sequence[Question]], texts: Sequence[str]) -> 
     return {
         family: fmean(score(question, next(left)) for question in questions) for family, questions in held_out.items()
     }
+
+
+def nll(folder: str | Path, demonstrations: Sequence[Mapping[str, Any]], batch: int = 64) -> float:
+    """Nats of the completions of demonstrations, their ends included, a mean over the rows."""
+    import torch
+
+    generator = writer(folder)
+    template = generator.tokenizer.apply_chat_template
+    total = 0.0
+    with torch.no_grad():
+        for start in range(0, len(demonstrations), batch):
+            part = demonstrations[start : start + batch]
+            whole = [
+                list(template([*row["prompt"], *row["completion"]], return_dict=True)["input_ids"]) for row in part
+            ]
+            asked = [len(generator.prompt_ids(row["prompt"])) for row in part]
+            width = max(map(len, whole))
+            ids = torch.tensor([one + [0] * (width - len(one)) for one in whole])
+            mask = torch.tensor([[1] * len(one) + [0] * (width - len(one)) for one in whole])
+            chances = generator.model(input_ids=ids, attention_mask=mask).logits.log_softmax(-1)
+            said = chances[:, :-1].gather(-1, ids[:, 1:, None])[..., 0]
+            total -= sum(
+                float(row[first - 1 : len(one) - 1].sum()) for row, first, one in zip(said, asked, whole, strict=True)
+            )
+    return total / len(demonstrations)

@@ -275,7 +275,7 @@ class Distillation(Method):
                 "on_asked": _progress(job),
             }
         from stagekit.models import device_map, load_policy
-        from stagekit.trainers.distillation import shared_vocabulary
+        from stagekit.trainers.distillation_checks import shared_vocabulary
 
         shared_vocabulary(job.tokenizer, teacher, None)
         if isinstance(teacher, str):

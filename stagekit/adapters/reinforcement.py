@@ -217,11 +217,16 @@ class Scored(Method):
         return reference_callbacks(job)
 
     def built(self, job: Job, trainer: Any) -> None:
-        """The reference as declared; and how large a rollout is."""
+        """The reference as declared; how large a rollout is, and how many prompts an epoch leaves out."""
         reference_built(job, trainer)
         args = trainer.args
         updates = trainer.num_iterations * args.steps_per_generation / args.gradient_accumulation_steps
         job.show.line(f"  a rollout is {args.generation_batch_size} completions, used for {updates:g} steps")
+        rows, prompts = len(trainer.train_dataset), args.generation_batch_size // self.group()
+        if rows % prompts and not job.stage.is_evaluation_only:
+            job.show.line(
+                f"  an epoch leaves out {rows % prompts} of {rows} prompts: a rollout takes {prompts}, whole"
+            )
 
 
 def minibatch_of(stage: TrainingStage, processes: int) -> tuple[int, str]:

@@ -44,8 +44,11 @@ class SyntheticData(Method):
     """Each request names one of these, in turn. Needed where there are no seeds."""
 
     request: str | None = None
-    """What the teacher is asked, with `{examples}` (the seeds, as a numbered list) and `{topic}` where they go.
-    None = to write one new instruction of the same kind, and nothing else."""
+    """What the teacher is asked, with `{examples}` (the seeds, in lines as `example_line` says) and `{topic}` where
+    they go. None = to write one new instruction of the same kind, and nothing else."""
+
+    example_line: str = "{number}. {example}"
+    """How a seed is written where the request shows it, one below the other; `{number}` counts from 1."""
 
     max_instruction_tokens: Positive | None = None
     """Tokens of an instruction at most; one that is cut is dropped. None = `generation.max_new_tokens`."""
@@ -124,6 +127,10 @@ class SyntheticData(Method):
         if seeded and self.examples == 0 and not self.topics:
             yield Problem("method.examples", "0 shows no seed, so that every request is the same; give method.topics")
         shown = seeded and self.examples > 0
+        if "{example}" not in self.example_line:
+            yield Problem("method.example_line", "has no {example}, so no seed is shown")
+        if not shown and "example_line" in self.model_fields_set:
+            yield Problem("method.example_line", "has no effect where no seeds are shown")
         for part, used, option in (
             ("{examples}", shown, "method.examples"),
             ("{topic}", self.topics, "method.topics"),

@@ -123,8 +123,8 @@ def compare(context: CustomContext) -> dict[str, Any]:
 _TOLD = {
     "teacher": "teacher",
     "student": "student, distilled",
-    "control": "the same on labels alone",
-    "start": "the same before it learnt",
+    "control": "student, labels alone",
+    "start": "student, untaught",
 }
 
 
@@ -149,8 +149,8 @@ def _show(measured: Mapping[str, Mapping[str, float]], rows: int) -> None:
     show = Show()
     show.line()
     show.table(
-        f"on {rows} sums that no model has learnt",
-        ("model", "parameters", "tokens per CPU second", "right", "nll", "retained"),
+        f"on {rows} sums that no model has learnt; tokens per CPU second",
+        ("model", "parameters", "tokens/s", "right", "nll", "retained"),
         lines,
     )
 

@@ -49,16 +49,18 @@ def pipeline(
         principles: What the judge decides by. None = stagekit's own, for helpful, harmless and honest answers.
         output_dir: The run folder.
     """
+    precision: dict[str, Any] = {"use_mixed_precision": True, "mixed_precision_dtype": "bf16"}
     adapter, cut = LoRA(rank=16, alpha=32), {"max_length": 256}
     sft = TrainingStage(
         name="sft",
         description="learn from demonstrations",
         training_data=demonstrations,
-        epochs=2,
+        epochs=1,
         batch_size=4,
         lora=adapter,
         logging_steps=4,
         trl=cut,
+        **precision,
     )
     feedback = TrainingStage(
         name="feedback",
@@ -68,8 +70,7 @@ def pipeline(
         validation_data=pairs,
         max_training_samples=48,
         generation=Generation(max_new_tokens=48),
-        use_mixed_precision=True,
-        mixed_precision_dtype="bf16",
+        **precision,
     )
     prefer = TrainingStage(
         name="prefer",
@@ -81,6 +82,7 @@ def pipeline(
         lora=LoRA(rank=16, alpha=32, merge=True),
         logging_steps=2,
         trl=cut,
+        **precision,
     )
     return TrainingPipeline(name="rlaif", model=model, output_dir=Path(output_dir), stages=(sft, feedback, prefer))
 

@@ -1,6 +1,6 @@
 """Self-play fine-tuning (SPIN): a model learns to prefer the data's answers to its own, and needs no preferences.
 
-Stage `sft` learns the demonstrations once; stage `spin` answers the same prompts and prefers the demonstrations to its
+Stage `sft` learns the demonstrations; stage `spin` answers the same prompts and prefers the demonstrations to its
 own answers, twice, each time against the model of the iteration before. `before` and `after` measure the loss on
 demonstrations that neither has seen. Source: huggingface.co/papers/2401.01335.
 
@@ -43,7 +43,6 @@ def pipeline(
     """
     shared: dict[str, Any] = {
         "training_data": data,
-        "epochs": 1,
         "batch_size": 8,
         "use_mixed_precision": True,
         "mixed_precision_dtype": "bf16",
@@ -53,15 +52,20 @@ def pipeline(
     }
     measured: dict[str, Any] = {"method": "evaluation", "validation_data": held_out}
     sft = TrainingStage(
-        name="sft", description="learn the demonstrations", lora=LoRA(rank=16, alpha=32, dropout=0.0), **shared
+        name="sft",
+        description="learn the demonstrations",
+        lora=LoRA(rank=16, alpha=32, dropout=0.0),
+        epochs=2,
+        **shared,
     )
     spin = TrainingStage(
         name="spin",
         description="prefer the demonstrations to the model's own answers",
         method=SelfPlay(iterations=iterations, responses_per_prompt=2),
-        generation=Generation(max_new_tokens=32),
+        generation=Generation(max_new_tokens=48),
         lora=LoRA(rank=16, alpha=32, dropout=0.0),
         learning_rate=5e-5,
+        epochs=1,
         **shared,
     )
     before = TrainingStage(name="before", description="measure the start of self-play", **measured)

@@ -148,7 +148,7 @@ def compare(
         messages = order.asked if said is None else (*order.asked, _turn("assistant", said), _ask_for(asking))
         key = digest_of("judgement", list(messages))
         keys[name] = key
-        questions[key] = Question(key, messages, 1, asking.choices, order.comparison)
+        questions[key] = Question(key, messages, 1, choices=asking.choices, comparison=order.comparison)
         facts[key] = {"role": "judgement", "round": iteration, **order.facts}
     _judge(questions, facts, judge, writer, iteration)
     return [_verdict(pair, asking, seed, keys, journal) for pair in pairs]

@@ -77,8 +77,9 @@ def plan_digest(
     fewshot: Sequence[Message] = (),
 ) -> str:
     """The digest to open the journal under: all that decides which texts `revise` writes."""
+    revised = any(prompt.revise for prompt in prompts)
     return digest_of(
-        "constitutional, a round is a batch",
+        "constitutional, a round is a batch" if revised else "constitutional",
         [[_prompt_id(prompt), prompt.revise] for prompt in prompts],
         [policy.fingerprint, critic.fingerprint if critic is not None else None],
         [[p.name, p.critique_request, p.revision_request] for p in principles],
@@ -151,8 +152,11 @@ class _Chain:
     fewshot: tuple[Message, ...]
     initial: Text | None = None
     current: str = ""
+    tokens: int = 0  # of the current answer
     drop: str | None = None
     rounds: list[Round] = field(default_factory=list)
+    principles: dict[int, Principle] = field(default_factory=dict)  # those drawn, by round
+    lengths: dict[int, int] = field(default_factory=dict)  # round -> tokens of its conversation without the texts
 
     def conversation(self, *turns: str) -> tuple[Message, ...]:
         """The prompt and then `turns`, by the assistant and by the user in turn, after the few-shot examples."""
@@ -217,7 +221,7 @@ class _Walk:
         generators = []
         if policy is not None and critic is not None:
             generators = [policy, critic]
-            lengths = {name: self._longest(chain, number, policy) for name, chain in chains.items()}
+            lengths = {name: self._longest(chain, number) for name, chain in chains.items()}
             wanted = [Request(name, (), 0) for name in chains]
             batches = plan_batches(wanted, lengths, self.writer.batch_tokens)
             groups = [[request.key for request in batch] for batch in batches]
@@ -252,7 +256,7 @@ class _Walk:
                 chain.drop = "too_long"
                 continue
             chain.initial = _text(record)
-            chain.current = chain.initial.text
+            chain.current, chain.tokens = chain.initial.text, chain.initial.new_tokens
             if record["finish_reason"] == "error":
                 chain.drop = "error"
             elif not chain.current:
@@ -321,14 +325,16 @@ class _Walk:
         like = is_critique_like(revision.text)
         chain.rounds.append(Round(number, name, critique, revision, drop, critique is None, equal, like))
         if drop in (None, "truncated"):
-            chain.current = revision.text
+            chain.current, chain.tokens = revision.text, revision.new_tokens
 
     def _open(self, revise: bool) -> list[_Chain]:
         return [one for one in self.chains.values() if one.prompt.revise is revise and one.drop is None]
 
     def _principle(self, chain: _Chain, number: int) -> Principle:
-        place = draw(self.seed, "principle", chain.prompt_id, str(number))
-        return self.principles[int(place * len(self.principles))]
+        if number not in chain.principles:
+            place = draw(self.seed, "principle", chain.prompt_id, str(number))
+            chain.principles[number] = self.principles[int(place * len(self.principles))]
+        return chain.principles[number]
 
     def _key(self, chain: _Chain, number: int, role: Role, attempt: int = 0) -> str:
         return digest_of(self.writer.journal.digest, chain.prompt_id, number, role, attempt)
@@ -338,21 +344,21 @@ class _Walk:
         if not chain.prompt.revise:
             return _within(policy, chain.prompt.messages, self.max_new_tokens)
         answered = self.max_new_tokens + self.max_critique_tokens
-        return all(
-            _within(critic, chain.conversation("", self._principle(chain, number).critique_request), answered)
-            and _within(policy, self._whole(chain, number, ""), answered + self.max_new_tokens)
-            for number in range(1, self.rounds + 1)
-        )
+        for number in range(1, self.rounds + 1):
+            principle = self._principle(chain, number)
+            asked = ("", principle.critique_request)
+            whole = chain.conversation(*asked, "", principle.revision_request)
+            chain.lengths[number] = policy.prompt_length(whole)
+            if not _is_within(policy, chain.lengths[number] + answered + self.max_new_tokens):
+                return False
+            if critic is not policy and not _within(critic, chain.conversation(*asked), answered):
+                return False
+        return True
 
-    def _whole(self, chain: _Chain, number: int, answer: str) -> tuple[Message, ...]:
-        """The longest conversation of a round, with the texts empty that are not written yet."""
-        principle = self._principle(chain, number)
-        return chain.conversation(answer, principle.critique_request, "", principle.revision_request)
-
-    def _longest(self, chain: _Chain, number: int, policy: Generator) -> int:
-        """The tokens of that conversation, with the texts at their caps that are not written yet."""
-        more = self.max_critique_tokens + self.max_new_tokens * (2 if number == 1 else 1)
-        return policy.prompt_length(self._whole(chain, number, chain.current)) + more
+    def _longest(self, chain: _Chain, number: int) -> int:
+        """The tokens of a round's longest conversation, with the texts at their caps that are not written yet."""
+        answer = self.max_new_tokens if chain.initial is None else chain.tokens
+        return chain.lengths[number] + answer + self.max_critique_tokens + self.max_new_tokens
 
 
 def _ask(
@@ -375,8 +381,11 @@ def _ask(
 
 
 def _within(generator: Generator, messages: Sequence[Message], more: int) -> bool:
-    limit = generator.context_length
-    return limit is None or generator.prompt_length(messages) + more <= limit
+    return generator.context_length is None or _is_within(generator, generator.prompt_length(messages) + more)
+
+
+def _is_within(generator: Generator, tokens: int) -> bool:
+    return generator.context_length is None or tokens <= generator.context_length
 
 
 def _prompt_id(prompt: Prompt) -> str:

@@ -17,12 +17,10 @@ from typing import Any, ClassVar
 import torch
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 from trl import SFTConfig, SFTTrainer
 
 from stagekit.distillation_losses import (
-    MAX_TEMPERATURE,
-    MIXTURE,
     bucketed,
     divergence,
     hidden_state_loss,
@@ -33,8 +31,10 @@ from stagekit.errors import ConfigError, StageError
 from stagekit.generation import weights_fingerprint
 from stagekit.models import model_fingerprint
 from stagekit.trainers.distillation_cache import COLUMN, KeptTargets, Targets, WithRows, by_row, top_k
+from stagekit.trainers.distillation_checks import check_config, check_rows, shared_vocabulary
 from stagekit.trainers.distillation_head import (
     Lesson,
+    Soft,
     add_distilling_head,
     at_places,
     base_of,
@@ -46,11 +46,6 @@ from stagekit.trainers.distillation_head import (
 
 PROJECTIONS = "projections.safetensors"
 """Where a checkpoint keeps what makes hidden states of the student as wide as the teacher's."""
-
-OTHER_TOKENIZER = (
-    "Distil by text (mode: sequence: the teacher writes, the student learns what it wrote), or take a teacher of the "
-    "same tokenizer. Logits across tokenizers are in TRL's experimental GOLD trainer, which stagekit does not use"
-)
 
 _INPUTS = (
     "input_ids", "attention_mask", "position_ids",
@@ -94,6 +89,9 @@ class DistillationConfig(SFTConfig):  # type: ignore[misc]
 class DistillationTrainer(SFTTrainer):  # type: ignore[misc]
     """`SFTTrainer` whose student also learns from a teacher's distribution and, if asked, from its hidden states.
 
+        args = DistillationConfig("out", alpha=0.7, temperature=2.0, match_hidden_states=True)
+        DistillationTrainer("student", args, teacher_model="teacher", train_dataset=data).train()
+
     With `alpha=0` it is `SFTTrainer`, bit for bit, and the teacher is not even loaded. The teacher runs without
     gradients in its own dtype, sees the tokens of the batch as the student does, and is neither in the optimiser nor
     saved. Where the vocabularies are padded to different sizes, both are cut to the tokenizer's.
@@ -136,10 +134,12 @@ class DistillationTrainer(SFTTrainer):  # type: ignore[misc]
         on_asked: Callable[[int, int], None] | None = None,
         **arguments: Any,
     ) -> None:
-        _check(args, arguments.get("compute_loss_func"))
+        check_config(args, arguments.get("compute_loss_func"))
         self.teacher: Any = None
         self.layer_pairs: list[tuple[int, int]] = []
         self.projections = torch.nn.ModuleDict()
+        if teacher_model is None and args.alpha > 0:
+            raise ConfigError("teacher_model: missing; give a path, a hub id, or a live model")
         self._named = (teacher_model, teacher_processing_class)
         self._quantization = teacher_quantization_config
         self._on_asked = on_asked
@@ -151,7 +151,7 @@ class DistillationTrainer(SFTTrainer):  # type: ignore[misc]
         add_distilling_head(base_of(self.model))
         check_head(self.model, "student")
         self._vocabulary = shared_vocabulary(self.processing_class, *self._named)
-        _check_rows(self.model, "student", self._vocabulary)
+        check_rows(self.model, "student", self._vocabulary)
         if args.teacher_cache is None:
             self._load_teacher()
         else:
@@ -202,15 +202,17 @@ class DistillationTrainer(SFTTrainer):  # type: ignore[misc]
         if self.teacher is None:  # it had a cache of other data, and is asked about these now
             self._load_teacher()
         last, states = self._teacher_states(inputs)
-        return self._lesson_of(
-            lambda logits, rows: self._soft(logits, Targets(None, self._teacher_logps(last[rows]))),
-            partial(self._hidden, states) if self.layer_pairs else None,
-        )
 
-    def _lesson_of(self, soft: Callable[..., torch.Tensor], hidden: Callable[..., torch.Tensor] | None) -> Lesson:
+        def ask(rows: slice) -> Soft:
+            said = self._teacher_product(last[rows])
+            return lambda logits, block: self._soft(logits, Targets(None, self._softened(said[block])))
+
+        return self._lesson_of(ask, partial(self._hidden, states) if self.layer_pairs else None)
+
+    def _lesson_of(self, ask: Callable[[slice], Soft], hidden: Callable[..., torch.Tensor] | None) -> Lesson:
         alpha, temperature = self.args.alpha, self.args.temperature
         layers = tuple(student for _, student in self.layer_pairs)
-        return Lesson(soft, alpha * temperature**2, 1 - alpha, hidden, layers, self.args.chunk_tokens)
+        return Lesson(ask, alpha * temperature**2, 1 - alpha, hidden, layers, self.args.chunk_tokens)
 
     def _kept_lesson(self, rows: torch.Tensor, labels: torch.Tensor) -> Lesson:
         """The teacher's part of a batch as it was kept."""
@@ -218,7 +220,12 @@ class DistillationTrainer(SFTTrainer):  # type: ignore[misc]
         tokens = int((labels[:, 1:] != -100).sum())
         if len(targets.logps) != tokens:
             raise StageError(f"teacher_cache: holds {len(targets.logps)} tokens of a batch of {tokens}; delete it")
-        return self._lesson_of(lambda logits, rows: self._soft(logits, targets.at(rows, logits.device)), None)
+
+        def ask(rows: slice) -> Soft:
+            said = targets.at(rows, labels.device)
+            return lambda logits, block: self._soft(logits, said.at(block, logits.device))
+
+        return self._lesson_of(ask, None)
 
     @torch.no_grad()
     def _teacher_states(self, inputs: Mapping[str, Any]) -> tuple[torch.Tensor, list[torch.Tensor]]:
@@ -234,10 +241,15 @@ class DistillationTrainer(SFTTrainer):  # type: ignore[misc]
         return last, mapped
 
     @torch.no_grad()
-    def _teacher_logps(self, last: torch.Tensor) -> torch.Tensor:
-        """(n, V) log-probabilities of the teacher, softened, from its last hidden states (n, H)."""
+    def _teacher_product(self, last: torch.Tensor) -> torch.Tensor:
+        """(n, V) product of the teacher's head with its last hidden states (n, H)."""
         with _without_autocast(last.device):
-            logits = head_of(base_of(self.teacher)).logits(last)
+            return head_of(base_of(self.teacher)).product(last)
+
+    @torch.no_grad()
+    def _softened(self, product: torch.Tensor) -> torch.Tensor:
+        """(n, V) log-probabilities of the teacher, softened."""
+        logits = head_of(base_of(self.teacher)).finished(product)
         return soften(logits[:, : self._vocabulary], self.args.temperature)
 
     def _soft(self, logits: torch.Tensor, targets: Targets) -> torch.Tensor:
@@ -277,7 +289,7 @@ class DistillationTrainer(SFTTrainer):  # type: ignore[misc]
             teacher.to(self.accelerator.device)
         self.teacher = teacher.eval().requires_grad_(False)
         check_head(teacher, "teacher")
-        _check_rows(teacher, "teacher", self._vocabulary)
+        check_rows(teacher, "teacher", self._vocabulary)
         if self.args.match_hidden_states:
             self._pair_layers()
 
@@ -356,7 +368,8 @@ class DistillationTrainer(SFTTrainer):  # type: ignore[misc]
             inputs = self._prepare_inputs(self.data_collator(rows))
             last, _ = self._teacher_states(inputs)
             chunks = torch.split(last, self.args.chunk_tokens)
-            kept = [top_k(self._teacher_logps(chunk), self.args.cache_top_k) for chunk in chunks]
+            said = (self._softened(self._teacher_product(chunk)) for chunk in chunks)
+            kept = [top_k(one, self.args.cache_top_k) for one in said]
             ids = [one.ids for one in kept if one.ids is not None]
             found = Targets(torch.cat(ids) if ids else None, torch.cat([one.logps for one in kept]))
             yield from by_row(found, rows, inputs["labels"])
@@ -380,63 +393,3 @@ class _Taught:
 
 def _without_autocast(device: torch.device) -> Any:
     return torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else nullcontext()
-
-
-def _check(args: DistillationConfig, own_loss: Any) -> None:
-    """What the config's fields can be, and that no other loss is asked for beside this one."""
-    if not 0 <= args.alpha <= 1:
-        raise ConfigError(f"alpha: {args.alpha} is no share; it must be between 0 and 1")
-    if not 0 < args.temperature <= MAX_TEMPERATURE:
-        raise ConfigError(
-            f"temperature: {args.temperature} must be above 0 and at most {MAX_TEMPERATURE:g}, beyond which float32 "
-            "loses the divergence"
-        )
-    if args.divergence not in ("forward_kl", "reverse_kl", *MIXTURE):
-        raise ConfigError(f"divergence: {args.divergence!r} is none of forward_kl, reverse_kl, {', '.join(MIXTURE)}")
-    if args.mixture is not None and (args.divergence not in MIXTURE or not 0 < args.mixture < 1):
-        raise ConfigError(f"mixture: {args.mixture} must be between 0 and 1, for {' or '.join(MIXTURE)}")
-    if args.hidden_loss not in ("rms_mse", "mse", "cosine"):
-        raise ConfigError(f"hidden_loss: {args.hidden_loss!r} is none of rms_mse, mse, cosine")
-    if args.alpha > 0 and args.loss_type != "nll":
-        raise ConfigError(
-            f"loss_type: {args.loss_type!r} is no likelihood of the labels; only 'nll' is distilled with"
-        )
-    if args.alpha > 0 and args.label_smoothing_factor:
-        raise ConfigError(
-            "label_smoothing_factor: has no effect beside a teacher, who smooths the labels; leave it out"
-        )
-    if args.alpha > 0 and own_loss is not None:
-        raise ConfigError("compute_loss_func: takes the place of the loss that is distilled with; leave it out")
-    for name in ("chunk_tokens", "cache_top_k"):
-        if getattr(args, name) < 1:
-            raise ConfigError(f"{name}: {getattr(args, name)} must be at least 1")
-    if args.teacher_cache is not None and args.match_hidden_states:
-        raise ConfigError("teacher_cache: keeps no hidden states; leave it out, or match_hidden_states")
-
-
-def _check_rows(model: Any, whose: str, vocabulary: int) -> None:
-    rows = base_of(model).get_output_embeddings().weight.shape[0]
-    if rows < vocabulary:
-        raise ConfigError(f"the {whose}'s head has {rows} rows, its tokenizer {vocabulary} tokens")
-
-
-def shared_vocabulary(student: Any, teacher: Any, teacher_tokenizer: Any) -> int:
-    """How many tokens the tokenizer has that both models share.
-
-    Raises:
-        ConfigError: they do not share it.
-    """
-    if teacher_tokenizer is None:
-        name = teacher if isinstance(teacher, str) else getattr(teacher, "name_or_path", "")
-        if not name:
-            raise ConfigError("teacher_processing_class: missing; the teacher does not say where its tokenizer is")
-        teacher_tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    ours, theirs = student.get_vocab(), teacher_tokenizer.get_vocab()
-    if ours != theirs:
-        differing = sorted(token for token in {*ours, *theirs} if ours.get(token) != theirs.get(token))
-        raise ConfigError(
-            f"the teacher has another tokenizer: {len(theirs)} tokens beside the student's {len(ours)}, and "
-            f"{differing[0]!r} is {theirs.get(differing[0])} there and {ours.get(differing[0])} here, so their "
-            f"distributions cannot be compared. {OTHER_TOKENIZER}"
-        )
-    return len(ours)

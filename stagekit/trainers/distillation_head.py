@@ -106,12 +106,19 @@ class DistilledOutput(ModelOutput):  # type: ignore[misc]
     """The mean distance of the mapped hidden states, summed over the tokens; it has a gradient too."""
 
 
+Soft = Callable[[torch.Tensor, slice], torch.Tensor]
+"""(logits (n, V) of some tokens of a chunk, which of the chunk they are) -> (n,) divergences from the teacher."""
+
+BLOCKS = 8
+"""In how many parts a chunk's logits are worked on, so that what is made of them on the way is small."""
+
+
 @dataclass(frozen=True)
 class Lesson:
     """What the student is taught on one batch, handed to its forward."""
 
-    soft: Callable[[torch.Tensor, slice], torch.Tensor]
-    """(logits (n, V) of some of the tokens, which of the N they are) -> (n,) divergences."""
+    ask: Callable[[slice], "Soft"]
+    """(which of the N tokens) -> what their divergences are measured with."""
     soft_weight: float
     hard_weight: float
     hidden: Callable[[list[torch.Tensor]], torch.Tensor] | None
@@ -191,7 +198,7 @@ class _Objective(torch.autograd.Function):
         objective, done = hidden.new_zeros((), dtype=torch.float32), []
         for start in range(0, max(len(labels), 1), lesson.chunk_tokens):
             rows = slice(start, min(start + lesson.chunk_tokens, len(labels)))
-            values, slope = _chunk(hidden[rows], labels[rows], rows, head, lesson, differentiable)
+            values, slope = _chunk(hidden[rows], labels[rows], head, lesson.ask(rows), lesson, differentiable)
             done.append(values)
             log_probs, *_, soft = values
             objective = objective + (lesson.soft_weight * soft - lesson.hard_weight * log_probs).sum()
@@ -214,20 +221,36 @@ class _Objective(torch.autograd.Function):
 
 
 def _chunk(
-    hidden: torch.Tensor, labels: torch.Tensor, rows: slice, head: Head, lesson: Lesson, differentiable: bool
-) -> tuple[tuple[torch.Tensor, ...], Any]:
+    hidden: torch.Tensor, labels: torch.Tensor, head: Head, soft: Soft, lesson: Lesson, differentiable: bool
+) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
     """Of n tokens: log-probability, entropy, likeliest, divergence, (n,) each; and the objective's gradient with
-    respect to the head's product, (n, V), if it is wanted."""
-    product = head.product(hidden).requires_grad_(differentiable)
+    respect to the head's product, (n, V), which takes the product's place if it is wanted."""
+    product, found = head.product(hidden), []
+    size = max(1, -(-len(labels) // BLOCKS))
+    for start in range(0, max(len(labels), 1), size):
+        block = slice(start, min(start + size, len(labels)))
+        given = product[block].requires_grad_(differentiable)
+        values, slope = _block(given, labels[block], head, lambda logits: soft(logits, block), lesson)  # noqa: B023
+        found.append(values)
+        if slope is not None:
+            product[block] = slope
+    return tuple(torch.cat(parts) for parts in zip(*found, strict=True)), product
+
+
+def _block(
+    product: torch.Tensor, labels: torch.Tensor, head: Head, soft: Callable[[torch.Tensor], torch.Tensor],
+    lesson: Lesson,
+) -> tuple[tuple[torch.Tensor, ...], torch.Tensor | None]:  # fmt: skip
+    """The same of a part of a chunk, with the gradient beside it; None where the product wants none."""
+    differentiable = product.requires_grad
     with torch.set_grad_enabled(differentiable):
         logits = head.finished(product)
-        soft = lesson.soft(logits, rows)
+        divergences = soft(logits)
     slope = None
     if differentiable:
-        (slope,) = torch.autograd.grad(
-            soft, logits, torch.full_like(soft, lesson.soft_weight), retain_graph=logits is not product
-        )
-    whole, soft = logits.detach(), soft.detach()
+        weights = torch.full_like(divergences, lesson.soft_weight)
+        (slope,) = torch.autograd.grad(divergences, logits, weights, retain_graph=logits is not product)
+    whole, divergences = logits.detach(), divergences.detach()
     mass = whole.logsumexp(dim=-1)
     chosen = labels[:, None]
     log_probs = whole.gather(-1, chosen)[:, 0] - mass
@@ -239,7 +262,7 @@ def _chunk(
         slope.scatter_add_(-1, chosen, torch.full_like(mass, -lesson.hard_weight)[:, None])
         if logits is not product:
             (slope,) = torch.autograd.grad(logits, product, slope)
-    return (log_probs, entropy, is_top1, soft), slope
+    return (log_probs, entropy, is_top1, divergences), slope
 
 
 def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:

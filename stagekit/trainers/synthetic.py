@@ -29,6 +29,7 @@ SHOWN = "Here are examples of instructions:\n\n{examples}\n\n"
 NEW = "Write one new instruction of the same kind{about} that differs from all of them. "
 FIRST = "Write one instruction{about} that a person could give to an assistant. "
 ONLY = "Reply with the instruction only."
+LINE = "{number}. {example}"
 
 _LEAD_IN = re.compile(
     r"""^(?:
@@ -58,12 +59,14 @@ class Wanted:
         examples: seeds shown in a request; as many as there are where there are fewer.
         topics: each request names one of these, in turn; empty: none does.
         request: what is asked, with `{examples}` and `{topic}` where they go; None: a text of ours.
+        line: how an example is written, with `{number}` and `{example}` where they go.
     """
 
     count: int
     examples: int = 8
     topics: tuple[str, ...] = ()
     request: str | None = None
+    line: str = LINE
 
 
 @dataclass(frozen=True)
@@ -147,7 +150,7 @@ def instructions_digest(
     return digest_of(
         "instructions",
         [[one.text, one.id] for one in seeds],
-        [wanted.count, wanted.examples, list(wanted.topics), wanted.request],
+        [wanted.count, wanted.examples, list(wanted.topics), wanted.request, wanted.line],
         teacher.fingerprint,
         [seed, max_new_tokens, batch_tokens],
     )
@@ -198,7 +201,9 @@ def asks_for(seeds: Sequence[Seed], wanted: Wanted, seed: int, digest: str) -> l
     for number in range(wanted.count):
         shown = [seeds[place] for place in _drawn(seed, number, len(seeds), min(wanted.examples, len(seeds)))]
         topic = wanted.topics[number % len(wanted.topics)] if wanted.topics else None
-        messages = ({"role": "user", "content": request_text([one.text for one in shown], topic, wanted.request)},)
+        messages = (
+            {"role": "user", "content": request_text([one.text for one in shown], topic, wanted.request, wanted.line)},
+        )
         facts = {
             "role": "instruction",
             "round": 1,
@@ -354,14 +359,23 @@ def _with(one: Instruction, drop: str | None, like: str | None = None) -> Instru
     return Instruction(one.key, one.asked, one.text, one.seeds, one.topic, drop, like)
 
 
-def request_text(examples: Sequence[str], topic: str | None = None, request: str | None = None) -> str:
+def request_text(
+    examples: Sequence[str], topic: str | None = None, request: str | None = None, line: str = LINE
+) -> str:
     """What is asked of the teacher: by the user's own text, or by ours."""
-    listed = "\n".join(f"{number}. {text}" for number, text in enumerate(examples, start=1))
+    listed = "\n".join(
+        _filled(line, {"{number}": str(number), "{example}": text}) for number, text in enumerate(examples, start=1)
+    )
     if request is None:
         request = (SHOWN + NEW if examples else FIRST) + ONLY
         request = request.replace("{about}", " about {topic}" if topic is not None else "")
-    parts = re.split(r"(\{examples\}|\{topic\})", request)  # so that braces in a seed or a topic stay as they are
-    return "".join({"{examples}": listed, "{topic}": topic or ""}.get(part, part) for part in parts)
+    return _filled(request, {"{examples}": listed, "{topic}": topic or ""})
+
+
+def _filled(template: str, parts: Mapping[str, str]) -> str:
+    """A template with its places filled at once, so that braces in what is filled in stay as they are."""
+    places = re.split("(" + "|".join(map(re.escape, parts)) + ")", template)
+    return "".join(parts.get(part, part) for part in places)
 
 
 def _drawn(seed: int, number: int, count: int, k: int) -> list[int]:

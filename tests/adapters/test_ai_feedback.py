@@ -1,6 +1,8 @@
 """The AI feedback stage through a pipeline on the tiny model."""
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from tests.answers import likes_longer
 from tests.running import pipeline, run, same, stage
 
 
+ROOT = Path(__file__).resolve().parent.parent.parent
 Write = Callable[..., Path]
 PROMPTS = [
     {"prompt": f"{text}?"} for text in ("Name a fruit", "Is the earth round", "What is ice", "Why", "Who are you")
@@ -257,6 +260,21 @@ def test_status_shows_what_was_asked_said_and_decided(
     told = capsys.readouterr().out
     assert "judgement 1" in told and "probability" in told and "asked" in told
     assert "what each principle did" in told and "decided" in told and "right" in told
+
+
+def test_a_server_judges_by_its_probabilities(pairs: str, tiny_model_path: str, tmp_path: Path) -> None:
+    """The server of the tests says A with 0.7 of 0.9 whatever it is asked, so it goes by the place: all are ties."""
+    (tmp_path / "server").mkdir()
+    command = [sys.executable, "-m", "tests.openai_server", str(tmp_path / "server")]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        url = f"http://127.0.0.1:{process.stdout.readline().strip()}/v1"
+        with pytest.raises(StageError, match=r"no pair was labelled \(tie: 6\)"):
+            run(tiny_model_path, tmp_path, given_pairs("fb", pairs, method={"judge": url}))
+        process.terminate()
+    said = records(tmp_path / "01-fb", "judgements.jsonl")
+    assert [(one["text"], round(one["probability"], 6)) for one in said] == [("A", round(7 / 9, 6))] * 12
+    assert {one["model"].split()[0] for one in said} == {"logprobs"}
 
 
 WRONG: list[tuple[dict[str, Any], str, str]] = [

@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from datasets import Dataset
-from transformers import AutoTokenizer
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
 from stagekit import ConfigError, StageError, TrainingStage
@@ -95,6 +96,25 @@ def test_t45_the_adapter_of_a_reward_stage_scores(
     result = run(tiny_model_path, tmp_path / "run", first, of(kind, data, "stage:rm", max_steps=2))
     assert "rewards/rm/mean" in lines(tmp_path / "run" / f"02-{kind}")[0]
     assert result[kind].policy is not None
+
+
+def test_a_list_weighs_a_model_s_folder_a_function_and_a_reward_of_trl(
+    data: dict[str, str], tiny_model_path: str, tmp_path: Path
+) -> None:
+    torch.manual_seed(1)
+    AutoModelForSequenceClassification.from_pretrained(tiny_model_path, num_labels=1).save_pretrained(tmp_path / "rm")
+    AutoTokenizer.from_pretrained(tiny_model_path).save_pretrained(tmp_path / "rm")
+    rewards = [
+        {"source": str(tmp_path / "rm"), "weight": 0.5},
+        vowels,
+        {"source": "get_soft_overlong_punishment", "weight": 2.0, "name": "long",
+         "options": {"max_completion_len": 4, "soft_punish_cache": 2}},
+    ]  # fmt: skip
+    run(tiny_model_path, tmp_path / "run", of("grpo", data, rewards, max_steps=2))
+    for line in [one for one in lines(tmp_path / "run/01-grpo") if "reward" in one]:
+        parts = [line[f"rewards/{name}/mean"] for name in ("rm", "vowels", "long")]
+        assert line["reward"] == pytest.approx(0.5 * parts[0] + parts[1] + 2 * parts[2], abs=1e-5)
+        assert parts[0] != 0 and parts[2] < 0
 
 
 @pytest.mark.parametrize("kind", METHODS)
@@ -208,3 +228,14 @@ def test_t17_what_cannot_be_is_refused(method: Any, given: dict[str, Any], path:
         TrainingStage(name="s", training_data="x.jsonl", method=method, **given)
     found = [(problem.path, problem.message) for problem in caught.value.problems]
     assert any(where == path and message in text for where, text in found), found
+
+
+@pytest.mark.parametrize(("size", "told"), [(8, None), (12, "leaves out 1 of 16 prompts: a rollout takes 3, whole")])
+def test_t16_prompts_that_fill_no_rollout_are_told(
+    size: int, told: str | None, data: dict[str, str], tiny_model_path: str, tmp_path: Path, capsys: Any
+) -> None:
+    one = of("grpo", data, batch_size=size, max_steps=1)
+    pipeline(tiny_model_path, tmp_path / "run", one).run()
+    said = capsys.readouterr().out
+    assert "a rollout is" in said
+    assert ("an epoch leaves out" in said) is (told is not None) and (told is None or told in said)

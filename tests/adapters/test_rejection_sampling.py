@@ -121,6 +121,42 @@ def test_a_run_that_dies_anywhere_ends_as_one_that_does_not(
     assert again["rs"].steps == whole["rs"].steps == 8
 
 
+@pytest.mark.slow
+def test_a_sampling_that_dies_at_any_batch_leaves_the_journal_of_one_that_does_not(
+    prompts: str, tiny_model_path: str, tmp_path: Path
+) -> None:
+    """With the model in this process, on one thread: the texts are the same bits."""
+    from stagekit.generation import TransformersGenerator
+
+    generate = TransformersGenerator.generate
+    one = TrainingStage(
+        name="rs", method=RejectionSampling(reward="tests.answers:by_length", n=6), validation_data=prompts,
+        is_evaluation_only=True, generation=Generation(max_new_tokens=24, batch_tokens=160),
+    )  # fmt: skip
+    run(tiny_model_path, tmp_path / "whole", one)
+    batches = sum(line["type"] == "batch" for line in rows(tmp_path / "whole/01-rs/journal.jsonl"))
+    assert batches >= 4
+    for life in range(batches):
+        calls: list[int] = []
+
+        def dying(self: Any, requests: Any, seed: int, calls: list[int] = calls, life: int = life) -> Any:
+            if len(calls) == life:
+                raise CrashError("while sampling")
+            calls.append(seed)
+            return generate(self, requests, seed)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(TransformersGenerator, "generate", dying)
+            with pytest.raises(StageError, match="CrashError"):
+                run(tiny_model_path, tmp_path / str(life), one)
+        run(tiny_model_path, tmp_path / str(life), one)
+        for name in ("journal.jsonl", "scores.jsonl"):
+            ends = [
+                sorted(map(json.dumps, records(tmp_path / where / "01-rs", name))) for where in ("whole", str(life))
+            ]
+            assert ends[0] == ends[1], (life, name)
+
+
 def _die(patch: pytest.MonkeyPatch, where: str) -> None:
     if where.startswith("sampling"):
         from stagekit.generation import TransformersGenerator

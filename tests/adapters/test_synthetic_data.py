@@ -243,6 +243,9 @@ WRONG: list[tuple[dict[str, Any], str, str]] = [
     ({"method": {"min_answer_words": 9, "max_answer_words": 8}}, "method.max_answer_words", "8 is below"),
     ({"method": {"examples": 0}}, "method.examples", "0 shows no seed"),
     ({"training_data": None, "method": {"topics": ["a"], "examples": 2}}, "method.examples", "has no effect without"),
+    ({"method": {"example_line": "-"}}, "method.example_line", "has no {example}"),
+    ({"training_data": None, "method": {"topics": ["a"], "example_line": "{example}"}}, "method.example_line",
+     "has no effect where no seeds"),
     ({"method": {"request": "Write one."}}, "method.request", "has no {examples}"),
     ({"method": {"request": "{examples} {topic}"}}, "method.request", "has {topic}, which nothing fills"),
     ({"method": {"request": "{examples}", "topics": ["a"]}}, "method.request", "has no {topic}, so method.topics"),
@@ -293,10 +296,24 @@ def test_a_declaration_survives_its_file_and_is_planned(
     assert learns["model"] == tiny_model_path
 
 
+def test_another_template_writes_other_texts_and_never_takes_those_of_the_one_before(
+    seeds: str, tiny_model_path: str, tmp_path: Path
+) -> None:
+    found = []
+    for turn in ("Q", "Question"):
+        template = "{% for m in messages %}" + turn + ": {{ m.content }} {% endfor %}A:"
+        pipeline(tiny_model_path, tmp_path, synthetic(seeds), chat_template=template).run(quiet=True)
+        found.append(records(tmp_path / "01-synth", "instructions.jsonl"))
+    models = [{record["model"] for record in one} for one in found]
+    assert [len(one) for one in models] == [1, 1] and models[0] != models[1]
+
+
 def test_the_request_is_the_users_own(seeds: str, tiny_model_path: str, tmp_path: Path) -> None:
-    method = {"request": "More like these:\n{examples}\nOne on {topic}:", "topics": ("tea",)}
+    method = {
+        "request": "More like these:\n{examples}\nOne on {topic}:", "topics": ("tea",), "example_line": "- {example}"
+    }  # fmt: skip
     made = run(tiny_model_path, tmp_path, synthetic(seeds, method=method))["synth"]
     for line in rows(made.dataset("instructions")):
         text = line["prompt"][0]["content"]
-        assert text.startswith("More like these:\n1. ") and text.endswith("\nOne on tea:")
+        assert text.startswith("More like these:\n- ") and text.endswith("\nOne on tea:")
     assert Counter(line["drop"] for line in rows(made.dataset("instructions")))[""] > 0

@@ -118,7 +118,7 @@ def test_swapping_the_responses_of_a_real_model_gives_exactly_one_minus_p(choose
 
 def test_the_probability_is_that_of_the_next_token_alone(chooser: Any, tiny_model: Any, tiny_tokenizer: Any) -> None:
     questions = [
-        Question(str(n), chat(text), 1, ("A", "B"), None)  # type: ignore[arg-type]
+        Question(str(n), chat(text), 1, choices=("A", "B"), comparison=None)  # type: ignore[arg-type]
         for n, text in enumerate(("Short?", "A much longer question, is it not, with many more words in it?"))
     ]
     batched = chooser.choose(questions)
@@ -133,7 +133,7 @@ def test_the_probability_is_that_of_the_next_token_alone(chooser: Any, tiny_mode
 
 
 def test_what_both_choices_begin_with_is_read_as_said(chooser: Any, tiny_model: Any, tiny_tokenizer: Any) -> None:
-    [choice] = chooser.choose([Question("k", chat("Which?"), 1, ("(A)", "(B)"), None)])  # type: ignore[arg-type]
+    [choice] = chooser.choose([Question("k", chat("Which?"), 1, choices=("(A)", "(B)"), comparison=None)])  # type: ignore[arg-type]
     answers = [tiny_tokenizer(f"({letter})", add_special_tokens=False)["input_ids"] for letter in "AB"]
     same = next(place for place, (a, b) in enumerate(zip(*answers, strict=True)) if a != b)
     ids = tiny_tokenizer.apply_chat_template([{"role": "user", "content": "Which?"}], add_generation_prompt=True)
@@ -146,13 +146,13 @@ def test_what_both_choices_begin_with_is_read_as_said(chooser: Any, tiny_model: 
 
 def test_choices_that_are_the_same_tokens_are_refused(chooser: Any) -> None:
     with pytest.raises(ConfigError, match="begin with the same tokens"):
-        chooser.choose([Question("k", chat("Which?"), 1, ("A", "A"), None)])  # type: ignore[arg-type]
+        chooser.choose([Question("k", chat("Which?"), 1, choices=("A", "A"), comparison=None)])  # type: ignore[arg-type]
 
 
 def test_judging_leaves_the_model_in_training_as_it_was(chooser: Any, tiny_model: Any) -> None:
     tiny_model.train()
     before = {name: weight.clone() for name, weight in tiny_model.state_dict().items()}
-    chooser.choose([Question("k", chat("Which?"), 1, ("A", "B"), None)])  # type: ignore[arg-type]
+    chooser.choose([Question("k", chat("Which?"), 1, choices=("A", "B"), comparison=None)])  # type: ignore[arg-type]
     assert tiny_model.training
     assert all(torch.equal(weight, before[name]) for name, weight in tiny_model.state_dict().items())
 

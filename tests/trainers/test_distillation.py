@@ -439,11 +439,12 @@ def test_the_gradient_made_along_with_the_chunks_is_that_of_the_whole_logits(
     hidden, weight, bias = (torch.randn(*shape).to(dtype).requires_grad_() for shape in ((13, 8), (32, 8), (32,)))
     labels, theirs = torch.randint(32, (13,)), torch.randn(13, 32).log_softmax(-1)
 
-    def soft(logits: torch.Tensor, rows: slice) -> torch.Tensor:
-        return divergence(soften(logits, 2.0), theirs[rows].to(logits.dtype), "jsd", 0.3)
+    def ask(rows: slice) -> Any:
+        said = theirs[rows]
+        return lambda logits, block: divergence(soften(logits, 2.0), said[block].to(logits.dtype), "jsd", 0.3)
 
     head = distillation_head.Head(weight, bias, scale, softcap)
-    lesson = distillation_head.Lesson(soft, 2.4, 0.4, None, (), 5)
+    lesson = distillation_head.Lesson(ask, 2.4, 0.4, None, (), 5)
     objective, *tokens = distillation_head._Objective.apply(hidden, weight, bias, labels, head, lesson, True)
     found = torch.autograd.grad(objective, (hidden, weight, bias))
     assert [one.dtype for one in found] == [dtype] * 3 and not any(one.requires_grad for one in tokens)
@@ -452,7 +453,7 @@ def test_the_gradient_made_along_with_the_chunks_is_that_of_the_whole_logits(
     logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
     log_probs = logits.log_softmax(-1)
     hard = -log_probs.gather(-1, labels[:, None])[:, 0]
-    whole = 2.4 * soft(logits, slice(None)).sum() + 0.4 * hard.sum()
+    whole = 2.4 * ask(slice(None))(logits, slice(None)).sum() + 0.4 * hard.sum()
     near = 1e-5 if dtype == torch.float32 else 2e-2
     for one, wanted in (
         (objective, whole),
@@ -513,8 +514,10 @@ def test_an_argument_that_cannot_be_is_told(
     assert words in str(caught.value)
 
 
-def test_the_student_is_not_its_own_teacher(build: Any, tiny_model_path: str) -> None:
+def test_the_student_is_not_its_own_teacher_and_there_is_one(build: Any, tiny_model_path: str) -> None:
     student = model(tiny_model_path)
+    with pytest.raises(ConfigError, match="teacher_model: missing"):
+        build(None)
     with pytest.raises(ConfigError, match="is the student itself"):
         build(student, student)
 

@@ -75,6 +75,7 @@ def test_a_request_shows_seeds_and_asks_for_a_new_one_of_their_kind() -> None:
         "Write one instruction about tea that a person could give to an assistant. Reply with the instruction only."
     )
     assert "of the same kind about tea that differs" in request_text(["Add."], "tea")
+    assert request_text(["a", "{number}"], request="New:\n{examples}", line="- {example}") == "New:\n- a\n- {number}"
     assert request_text(["a {topic} b"], "{examples}", "{examples} / {topic}") == "1. a {topic} b / {examples}"
 
 

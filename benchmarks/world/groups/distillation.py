@@ -7,6 +7,7 @@ from benchmarks.world.world import World
 
 TEACHER = "stages.distillation.method.teacher={teacher}"
 HIDDEN = "stages.distillation.method.hidden_states=true"
+RANDOM = "the teacher has random weights; what the demonstrations teach is left a tenth of its weight"
 
 
 def prompts(world: World) -> Data:
@@ -14,25 +15,24 @@ def prompts(world: World) -> Data:
     return {"rows": rows.prompts(world, DEMONSTRATIONS)}
 
 
+def _row(name: str, pipeline: str, *assignments: str, flaws: float = 0.5, control: str = "sft-flawed") -> Method:
+    return Method(f"distillation-{name}", "distillation", pipeline, demonstrations(flaws), assignments, control)
+
+
 ROWS = (
-    Method("distillation-flawed", "distillation", "distillation", demonstrations(0.5), (TEACHER,), "sft-flawed"),
+    _row("flawed", "distillation", TEACHER),
+    _row("hidden-flawed", "distillation", TEACHER, HIDDEN),
     Method(
-        "distillation-hidden-flawed",
-        "distillation",
-        "distillation",
-        demonstrations(0.5),
-        (TEACHER, HIDDEN),
-        "sft-flawed",
+        "distillation-random", "distillation", "distillation_random", demonstrations(0.5),
+        ("stages.distillation.model={base}",), note=RANDOM,
     ),
-    Method("distillation-clean", "distillation", "distillation", demonstrations(0.0), (TEACHER,), "sft-clean"),
+    _row("clean", "distillation", TEACHER, flaws=0.0, control="sft-clean"),
     Method(
-        "distillation-random",
-        "distillation",
-        "distillation_random",
-        demonstrations(0.5),
-        ("stages.distillation.model={base}",),
-        "sft-flawed",
+        "distillation-sequence", "distillation", "distillation_sequence", prompts, (TEACHER,), "sft-flawed", seeds=1,
+        note="learns texts of the teacher, no demonstrations",
     ),
-    Method("distillation-sequence", "distillation", "distillation_sequence", prompts, (TEACHER,), "sft-flawed"),
-    Method("distillation-on_policy", "distillation", "distillation_on_policy", prompts, (TEACHER,), "sft-flawed"),
-)
+    Method(
+        "distillation-on_policy", "distillation", "distillation_on_policy", prompts, (TEACHER,), "sft-flawed", seeds=1,
+        note="learns from prompts alone",
+    ),
+)  # fmt: skip

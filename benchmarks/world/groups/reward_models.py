@@ -16,5 +16,6 @@ ROWS = (
     Method("process_reward", "process_reward", "process_reward", _steps,
            ("stages.process_reward.training_data={rows}", "stages.process_reward.validation_data={held_out}"),
            kind="process_reward",
-           note="the bases get about a third of the sums right themselves; too little to judge steps"),
+           note="it does not learn to judge steps: a base gets a third of the sums right itself. On a tuning seed "
+           "four times the rows changed nothing, nor did the teacher in the base's place, which adds rightly"),
 )  # fmt: skip
