@@ -332,7 +332,7 @@ class Generation(Options):
     """Sample from the k likeliest tokens. 0 = off."""
 
     batch_tokens: Positive = 16384
-    """Padded tokens (prompt and reply) of one batch at most: bounds the memory."""
+    """Padded tokens of one batch at most, prompts and replies, of a conversation all its turns: bounds the memory."""
 
     backend: Backend = "transformers"
     """`transformers`; `vllm` (its offline engine; needs the package and a GPU); the URL of an OpenAI-compatible server
