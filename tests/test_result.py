@@ -1,6 +1,8 @@
 """The account of a stage, and its JSON."""
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -104,3 +106,10 @@ def test_a_stage_writes_its_whole_account(
         "samples_dropped": {},
     }
     assert (plain["description"], plain["tags"], plain["metadata"]) == ("words", ["t"], {"k": "v"})
+
+
+def test_the_peak_of_a_process_is_its_own_and_not_that_of_the_one_that_started_it() -> None:
+    large = bytearray(300_000_000)
+    code = "from stagekit.environment import peak_memory; print(peak_memory())"
+    started = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert 5e6 < int(started.stdout) < len(large)
