@@ -138,7 +138,7 @@ def way_out(name: str, kind: str) -> tuple[str, ...]:
         return ("through metadata",)
     if kind == "synthetic_data":
         return ("put it on the stage that learns",)
-    if kind in {"evaluation", "ai_feedback"} and name != "is_evaluation_only":
+    if kind == "evaluation" or (kind == "ai_feedback" and name != "is_evaluation_only"):
         return ("put it on the stage that does", "validation_data", "without training")
     return {
         "custom_loss_function": ("sft and constitutional",),
