@@ -15,8 +15,11 @@ def prompts(world: World) -> Data:
     return {"rows": rows.prompts(world, DEMONSTRATIONS)}
 
 
-def _row(name: str, pipeline: str, *assignments: str, flaws: float = 0.5, control: str = "sft-flawed") -> Method:
-    return Method(f"distillation-{name}", "distillation", pipeline, demonstrations(flaws), assignments, control)
+def _row(
+    name: str, pipeline: str, *assignments: str, flaws: float = 0.5, control: str = "sft-flawed", note: str = ""
+) -> Method:
+    data = demonstrations(flaws)
+    return Method(f"distillation-{name}", "distillation", pipeline, data, assignments, control, note=note)
 
 
 ROWS = (
@@ -26,13 +29,14 @@ ROWS = (
         "distillation-random", "distillation", "distillation_random", demonstrations(0.5),
         ("stages.distillation.model={base}",), note=RANDOM,
     ),
-    _row("clean", "distillation", TEACHER, flaws=0.0, control="sft-clean"),
+    _row("clean", "distillation", TEACHER, flaws=0.0, control="sft-clean",
+         note="clean demonstrations say all that the teacher knows"),
     Method(
-        "distillation-sequence", "distillation", "distillation_sequence", prompts, (TEACHER,), "sft-flawed", seeds=1,
+        "distillation-sequence", "distillation", "distillation_sequence", prompts, (TEACHER,), "sft-flawed",
         note="learns texts of the teacher, no demonstrations",
     ),
     Method(
-        "distillation-on_policy", "distillation", "distillation_on_policy", prompts, (TEACHER,), "sft-flawed", seeds=1,
+        "distillation-on_policy", "distillation", "distillation_on_policy", prompts, (TEACHER,), "sft-flawed",
         note="learns from prompts alone",
     ),
 )  # fmt: skip
