@@ -41,7 +41,7 @@ class Side:
     def __init__(self, name: str, trl112: str) -> None:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TRL_EXPERIMENTAL_SILENCE": "1"}
         if name == "theirs":
-            environment["PYTHONPATH"] = trl112
+            environment["PYTHONPATH"] = os.pathsep.join(filter(None, (trl112, os.environ.get("PYTHONPATH"))))
         command = [sys.executable, "-m", "benchmarks.ppo_sides", name]
         pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
         self._process = subprocess.Popen(command, text=True, env=environment, cwd=ROOT, **pipes)
