@@ -226,7 +226,8 @@ def _chunk(
     """Of n tokens: log-probability, entropy, likeliest, divergence, (n,) each; and the objective's gradient with
     respect to the head's product, (n, V), which takes the product's place if it is wanted."""
     product, found = head.product(hidden), []
-    size = max(1, -(-len(labels) // BLOCKS))
+    # An accelerator waits for the many small kernels of a block longer than a block's memory is worth.
+    size = max(1, -(-len(labels) // (BLOCKS if product.device.type == "cpu" else 1)))
     for start in range(0, max(len(labels), 1), size):
         block = slice(start, min(start + size, len(labels)))
         given = product[block].requires_grad_(differentiable)
