@@ -65,11 +65,13 @@ def pipeline(
     feedback = TrainingStage(
         name="feedback",
         description="answer twice, let the judge say which is better",
-        method=AIFeedback(judge=judge, **({"principles": principles} if principles is not None else {})),
+        method=AIFeedback(
+            judge=judge, tie_margin=0.005, **({"principles": principles} if principles is not None else {})
+        ),
         training_data=prompts,
         validation_data=pairs,
         max_training_samples=48,
-        generation=Generation(max_new_tokens=48),
+        generation=Generation(max_new_tokens=96),
         **precision,
     )
     prefer = TrainingStage(
