@@ -17,7 +17,7 @@ from stagekit import ranks
 from stagekit.errors import Interrupted, StageError
 from stagekit.files import write_text
 from stagekit.job import Job, ModelInput, Outcome
-from stagekit.rows import json_object
+from stagekit.rows import json_object, read_jsonl
 
 
 START = "start.json"
@@ -60,6 +60,14 @@ def run_iterations(job: Job, count: int, prepare: Prepare, measure: Measure | No
         if not last:
             model = _trained(folder)
     return _together(job, job.folder, done)
+
+
+def margin_of(job: Job, beta: float) -> tuple[float, float] | None:
+    """Of the last step that DPO's loss logged in the iteration's folder: `rewards/margins`, and the change of the
+    chosen answers' log-probability from the reference, in nats; None where nothing was logged."""
+    path = job.folder / "metrics.jsonl"
+    logged = [line for line in read_jsonl(path) if "rewards/margins" in line] if path.is_file() else []
+    return (float(logged[-1]["rewards/margins"]), float(logged[-1]["rewards/chosen"]) / beta) if logged else None
 
 
 def _iterate(job: Job, number: int, prepare: Prepare, measure: Measure | None) -> Outcome:

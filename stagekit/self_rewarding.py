@@ -10,11 +10,10 @@ from stagekit.errors import Interrupted
 from stagekit.feedback import asking_of, warn_of_judge
 from stagekit.generating import free_memory, generator_for, note_prompts, open_journal, progress, write_datasets
 from stagekit.groups import Generation
-from stagekit.iterations import run_iterations
+from stagekit.iterations import margin_of, run_iterations
 from stagekit.job import Job, Outcome
 from stagekit.judging import chooser_of, is_engine, judge_generator, open_judgements
 from stagekit.requests import Generator
-from stagekit.rows import read_jsonl
 
 
 if TYPE_CHECKING:
@@ -166,12 +165,11 @@ def _say(
 
 def _measured(job: Job, outcome: Outcome, method: "SelfRewarding") -> Outcome:
     """The outcome with the last logged margin, and how the log-probability of the chosen answers changed (nats)."""
-    path = job.folder / "metrics.jsonl"
-    logged = [line for line in read_jsonl(path) if "rewards/margins" in line] if path.is_file() else []
-    if not logged:
+    logged = margin_of(job, method.beta)
+    if logged is None:
         return outcome
-    change = float(logged[-1]["rewards/chosen"]) / method.beta
-    found = {"margin": float(logged[-1]["rewards/margins"]), "chosen_logps_change": change}
+    margin, change = logged
+    found = {"margin": margin, "chosen_logps_change": change}
     if change < 0:
         logger.warning(
             "stage %r: the answers that the judge likes best became less likely too in this iteration (by %.3g nats "

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from stagekit.generating import free_memory, generator_for, note_prompts, open_journal, progress, write_datasets
 from stagekit.groups import Generation
-from stagekit.iterations import run_iterations
+from stagekit.iterations import margin_of, run_iterations
 from stagekit.job import Job, Outcome
 from stagekit.rows import read_jsonl
 
@@ -125,12 +125,11 @@ def _say(
 
 def _measured(job: Job, outcome: Outcome, method: "SelfPlay") -> Outcome:
     """The outcome with the last logged margin, and how the log-probability of the real answers changed (nats)."""
-    path = job.folder / "metrics.jsonl"
-    logged = [line for line in read_jsonl(path) if "rewards/margins" in line] if path.is_file() else []
-    if not logged:
+    logged = margin_of(job, method.beta)
+    if logged is None:
         return outcome
-    change = float(logged[-1]["rewards/chosen"]) / method.beta
-    found = {"margin": float(logged[-1]["rewards/margins"]), "real_logps_change": change}
+    margin, change = logged
+    found = {"margin": margin, "real_logps_change": change}
     if change < 0:
         logger.warning(
             "stage %r: the data's answers became less likely in this iteration (by %.3g nats each): the model moves "
