@@ -16,8 +16,9 @@ os.environ["STAGEKIT_CACHE"] = tempfile.mkdtemp(prefix="stagekit-tests-")
 
 import json
 import shutil
+import subprocess
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -127,3 +128,15 @@ def write_rows(tmp_path: Path) -> Callable[..., Path]:
 
 def _message(role: str, content: str) -> list[dict[str, str]]:
     return [{"role": role, "content": content}]
+
+
+@pytest.fixture
+def served(tmp_path: Path) -> Iterator[tuple[str, Path]]:
+    """A running server's URL, and its folder."""
+    folder = tmp_path / "server"
+    folder.mkdir()
+    command = [sys.executable, "-m", "tests.openai_server", str(folder)]
+    with subprocess.Popen(command, cwd=Path(__file__).parent.parent, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        yield f"http://127.0.0.1:{process.stdout.readline().strip()}/v1", folder
+        process.terminate()

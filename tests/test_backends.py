@@ -1,9 +1,7 @@
 """An OpenAI-compatible server in a process of its own as generator; vLLM where it is not installed."""
 
 import json
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,21 +15,6 @@ from stagekit.groups import Generation
 from stagekit.requests import Completion, Generator, Request, Sampling
 from tests.answers import by_length
 from tests.running import run, stage
-
-
-ROOT = Path(__file__).resolve().parent.parent
-
-
-@pytest.fixture
-def served(tmp_path: Path) -> Iterator[tuple[str, Path]]:
-    """A running server's URL, and its folder."""
-    folder = tmp_path / "server"
-    folder.mkdir()
-    command = [sys.executable, "-m", "tests.openai_server", str(folder)]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        yield f"http://127.0.0.1:{process.stdout.readline().strip()}/v1", folder
-        process.terminate()
 
 
 def log(folder: Path) -> list[dict[str, Any]]:

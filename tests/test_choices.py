@@ -1,8 +1,5 @@
 """Judges that are no model in this process: a server by its log-probabilities, a function, a script."""
 
-import subprocess
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,21 +21,6 @@ from stagekit.errors import StageError
 from stagekit.requests import Sampling, ScriptedGenerator
 from tests.answers import likes_longer
 from tests.trainers.scripted import chat
-
-
-ROOT = Path(__file__).resolve().parent.parent
-
-
-@pytest.fixture
-def served(tmp_path: Path) -> Iterator[tuple[str, Path]]:
-    """A running server's URL, and its folder."""
-    folder = tmp_path / "server"
-    folder.mkdir()
-    command = [sys.executable, "-m", "tests.openai_server", str(folder)]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        yield f"http://127.0.0.1:{process.stdout.readline().strip()}/v1", folder
-        process.terminate()
 
 
 def ask(text: str, first: str = "yes", second: str = "no", choices: tuple[str, str] = ("A", "B")) -> Question:

@@ -1,8 +1,6 @@
 """The AI feedback stage through a pipeline on the tiny model."""
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -262,16 +260,12 @@ def test_status_shows_what_was_asked_said_and_decided(
     assert "what each principle did" in told and "decided" in told and "right" in told
 
 
-def test_a_server_judges_by_its_probabilities(pairs: str, tiny_model_path: str, tmp_path: Path) -> None:
+def test_a_server_judges_by_its_probabilities(
+    served: tuple[str, Path], pairs: str, tiny_model_path: str, tmp_path: Path
+) -> None:
     """The server of the tests says A with 0.7 of 0.9 whatever it is asked, so it goes by the place: all are ties."""
-    (tmp_path / "server").mkdir()
-    command = [sys.executable, "-m", "tests.openai_server", str(tmp_path / "server")]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        url = f"http://127.0.0.1:{process.stdout.readline().strip()}/v1"
-        with pytest.raises(StageError, match=r"no pair was labelled \(tie: 6\)"):
-            run(tiny_model_path, tmp_path, given_pairs("fb", pairs, method={"judge": url}))
-        process.terminate()
+    with pytest.raises(StageError, match=r"no pair was labelled \(tie: 6\)"):
+        run(tiny_model_path, tmp_path, given_pairs("fb", pairs, method={"judge": served[0]}))
     said = records(tmp_path / "01-fb", "judgements.jsonl")
     assert [(one["text"], round(one["probability"], 6)) for one in said] == [("A", round(7 / 9, 6))] * 12
     assert {one["model"].split()[0] for one in said} == {"logprobs"}
