@@ -24,6 +24,7 @@ check: setup
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
+	$(RUN) -m pytest --collect-only --quiet --quiet > /dev/null  # every test file imports
 
 docs: setup
 	$(RUN) -m stagekit.parity

@@ -18,7 +18,6 @@ from stagekit.plan import plan
 from stagekit.stage import TrainingStage
 from tests.answers import by_length
 from tests.running import CrashError, pipeline, run, same, stage
-from tests.test_backends import served as served  # a fixture
 
 
 Write = Callable[..., Path]
