@@ -96,8 +96,9 @@ def _teacher(
     stands in for it."""
     if generation.backend != "transformers":
         return generator_for(job, teacher if isinstance(teacher, str) else None, generation)
-    from stagekit.generation import TransformersGenerator, weights_fingerprint
-    from stagekit.models import device_map, load_policy, load_tokenizer, model_fingerprint
+    from stagekit.fingerprints import model_fingerprint, weights_fingerprint
+    from stagekit.generation import TransformersGenerator
+    from stagekit.models import device_map, load_policy, load_tokenizer
     from stagekit.requests import Sampling
 
     sampling = Sampling(generation.temperature, generation.top_p, generation.top_k, generation.batch_tokens)

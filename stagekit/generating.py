@@ -37,8 +37,9 @@ def generator_for(job: Job, model: str | None, generation: Generation) -> Genera
         return _vllm(job, model, sampling)
     import torch
 
+    from stagekit.fingerprints import model_fingerprint
     from stagekit.generation import TransformersGenerator
-    from stagekit.models import device_map, load_policy, load_tokenizer, model_fingerprint
+    from stagekit.models import device_map, load_policy, load_tokenizer
 
     bf16 = _in_bf16(job)
     lora = job.stage.lora
@@ -77,7 +78,8 @@ def _in_bf16(job: Job) -> bool:
 
 def _vllm(job: Job, model: str, sampling: Sampling) -> Generator:
     from stagekit.backends import VLLMGenerator
-    from stagekit.models import adapter_base, load_tokenizer, model_fingerprint
+    from stagekit.fingerprints import model_fingerprint
+    from stagekit.models import adapter_base, load_tokenizer
 
     if adapter_base(model) is not None:
         raise StageError(

@@ -1,6 +1,5 @@
 """Text generation with a transformers model, in left-padded batches, leaving no trace on the model or on the RNG."""
 
-import hashlib
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -244,20 +243,3 @@ def _seeded(seed: int) -> Iterator[None]:
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
         yield
-
-
-def weights_fingerprint(model: Any) -> str:
-    """A SHA-256, in hex, of the model's parameters and buffers: their names, types, shapes and bytes."""
-    digest = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-def tokenizer_fingerprint(tokenizer: Any) -> str:
-    """A SHA-256, in hex, of what decides a prompt's tokens: vocabulary, rules, special tokens and chat template."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    rules = backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items()))
-    parts = [rules, repr(sorted(map(str, tokenizer.all_special_tokens))), str(tokenizer.chat_template)]
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()

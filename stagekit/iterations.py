@@ -92,7 +92,7 @@ def _iterate(job: Job, number: int, prepare: Prepare, measure: Measure | None) -
 def _finished(folder: Path, model: ModelInput) -> Outcome | None:
     """How an iteration ended that was done before, from this very model; else None, with its leavings gone where they
     are another model's."""
-    from stagekit.models import model_fingerprint
+    from stagekit.fingerprints import model_fingerprint
 
     marker = folder / START
     start = model_fingerprint(model.generates)

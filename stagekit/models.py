@@ -1,4 +1,4 @@
-"""Models on their way to a trainer: found, converted, loaded, merged, copied and compared.
+"""Models on their way to a trainer: found, converted, loaded and copied.
 
 Weights are read from safetensors only and no code of a model repository is run. What a trainer gets is a path or a
 hub id (`local_model`); the models loaded here serve for merging, generation and comparison.
@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from huggingface_hub import constants as hub_constants
 from huggingface_hub import snapshot_download
 from peft import LoraConfig, PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
@@ -20,24 +19,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 from stagekit.convert import cache_folder, converted
 from stagekit.distributed import live_processes
 from stagekit.errors import ConfigError, Problem, StageError
-from stagekit.files import whole_folder
 from stagekit.rows import json_object
-from stagekit.sources import ModelSource, fingerprint_of_path, parse_model, problems_of_model
+from stagekit.sources import ModelSource, parse_model, problems_of_model
 
-
-MERGE_TOLERANCE = 1e-4
-"""Largest difference of logits before and after a merge in float32, relative to the largest logit."""
-
-ROUNDING_TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
-"""The same between the merged model in float32 and as saved: each weight is rounded once (2^-24, 2^-11, 2^-8), each
-activation again, and the rounding adds up over the layers."""
 
 _HUB_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")
-_MODEL_FILES = ("config.json", "adapter_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
-_QUANTISED_LAYERS = ("Linear4bit", "Linear8bitLt")
 _EXTRAS = ("modules_to_save", "rank_pattern", "alpha_pattern", "exclude_modules", "layers_to_transform")
-
-_fingerprints: dict[tuple[str, int, int], str] = {}
 
 
 def local_model(source: ModelSource | str, *, cache: Path | None = None, where: str = "model") -> str:
@@ -239,51 +226,6 @@ def _set_like(value: Any) -> Any:
     return (sorted(value) if isinstance(value, list | tuple | set) else value) or None
 
 
-def merge_adapter(
-    adapter_path: str | Path, out_dir: str | Path, dtype: torch.dtype, tolerance: float = MERGE_TOLERANCE
-) -> dict[str, Any]:
-    """Merge an adapter into its unquantised base and save the full model with its tokenizer, if the logits agree.
-
-    The merge is done in float32 and rounded once, to `dtype`; merging into a quantised base would round the adapter
-    away. What was saved is loaded again and compared too. The folder appears whole or not at all.
-
-    Args:
-        adapter_path: Adapter folder.
-        out_dir: Where the full model goes; an earlier result there is replaced.
-        dtype: Dtype of the saved weights.
-        tolerance: Largest allowed difference by the merge, relative to the largest logit.
-
-    Returns:
-        `base`, `dtype`, and the relative differences `merge_difference` and `saved_difference`.
-
-    Raises:
-        StageError: the logits differ by more than the tolerance, the base is quantised, or the disk is full.
-    """
-    source, target = Path(adapter_path), Path(out_dir)
-    base = adapter_base(source)
-    if base is None:
-        raise ConfigError(f"{source} holds no adapter (no adapter_config.json); there is nothing to merge")
-    if target.resolve() == source.resolve():
-        raise ConfigError(f"{target} is the adapter's own folder; give another one for the merged model")
-    model = load_policy(str(source), dtype=torch.float32)
-    _refuse_quantised(model, base)
-    with_adapter = fixed_logits(model)
-    model = model.merge_and_unload(safe_merge=True)
-    _refuse_quantised(model, base)
-    merged = fixed_logits(model)
-    by_merge = _difference(with_adapter, merged, tolerance, f"{source}: after the merge")
-    tokenizer = load_tokenizer(str(source) if (source / "tokenizer_config.json").is_file() else base)
-    with whole_folder(target) as temporary:
-        model.to(dtype).save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
-        del model
-        saved = fixed_logits(load_policy(str(temporary), dtype=dtype))
-        allowed = ROUNDING_TOLERANCE.get(dtype, 1e-1)
-        by_saving = _difference(merged, saved, allowed, f"{source}: after saving the merged model in {dtype}")
-    name = str(dtype).removeprefix("torch.")
-    return {"base": base, "dtype": name, "merge_difference": by_merge, "saved_difference": by_saving}
-
-
 def snapshot_model(model: Any, frozen: bool = True) -> Any:
     """A copy of a model that stays what it is while the original is trained on.
 
@@ -309,59 +251,6 @@ def snapshot_model(model: Any, frozen: bool = True) -> Any:
         for module, name, value in aside:
             module.__dict__[name] = value
     return twin.eval().requires_grad_(False) if frozen else twin
-
-
-def model_fingerprint(path_or_hub: str) -> str:
-    """What the weights are: a sha256 over a folder's config, tokenizer and safetensors, or a hub model's commit.
-
-    An adapter's fingerprint takes in that of its base. Content is hashed once per path, time and size. A hub model
-    that is not in the local cache gives `hub:NAME@REVISION`.
-    """
-    path = Path(path_or_hub).expanduser()
-    if path.is_file():
-        return _file_fingerprint(path)
-    if not path.is_dir():
-        return _hub_commit(parse_model(path_or_hub))
-    files = [path / name for name in _MODEL_FILES if (path / name).is_file()]
-    files += sorted(entry for entry in path.iterdir() if entry.name.endswith((".safetensors", ".index.json")))
-    digest = hashlib.sha256()
-    for file in files:
-        content = _adapter_identity(file) if file.name == "adapter_config.json" else _file_fingerprint(file)
-        digest.update(f"{file.name}\0{content}\n".encode())
-    base = adapter_base(path)
-    if base is not None:
-        digest.update(model_fingerprint(base).encode())
-    return digest.hexdigest()
-
-
-def _adapter_identity(path: Path) -> str:
-    """An adapter's settings without its base's path, which says where a run stands, and without the order of the
-    names of its modules, which peft takes from a set."""
-    settings = json_object(path)
-    settings.pop("base_model_name_or_path", None)
-    for name, value in settings.items():
-        if isinstance(value, list):
-            settings[name] = sorted(value, key=str)
-    return json.dumps(settings, sort_keys=True)
-
-
-def _file_fingerprint(path: Path) -> str:
-    stat = path.stat()
-    key = (str(path.resolve()), stat.st_mtime_ns, stat.st_size)
-    if key not in _fingerprints:
-        _fingerprints[key] = fingerprint_of_path(path)
-    return _fingerprints[key]
-
-
-def _hub_commit(source: ModelSource) -> str:
-    if source.kind != "hub" or source.repo is None:
-        raise StageError(f"{source.text!r} is neither a model folder nor a hub id")
-    revision = source.revision or "main"
-    folder = Path(hub_constants.HF_HUB_CACHE, f"models--{source.repo.replace('/', '--')}")
-    if (folder / "snapshots" / revision).is_dir():
-        return revision
-    reference = folder / "refs" / revision
-    return reference.read_text().strip() if reference.is_file() else f"hub:{source.repo}@{revision}"
 
 
 def _from_hub(source: ModelSource, where: str) -> str:
@@ -422,35 +311,3 @@ def _linear_names(base: str) -> set[str]:
     return {
         name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear) and module is not head
     }
-
-
-@torch.no_grad()
-def fixed_logits(model: Any, rows: int = 2) -> torch.Tensor:
-    """Logits (rows, 32, V), or (rows, labels) of a classifier, in float32 on fixed token ids; at most 2 rows."""
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(model.get_input_embeddings().num_embeddings, (2, 32), generator=generator)[:rows]
-    model.eval()
-    logits: torch.Tensor = model(input_ids=ids.to(model.device)).logits
-    return logits.float().cpu()
-
-
-def _difference(before: torch.Tensor, after: torch.Tensor, allowed: float, what: str) -> float:
-    """The largest difference of logits relative to the largest logit, if it is allowed."""
-    difference = float((after - before).abs().max())
-    relative = difference / max(float(before.abs().max()), 1e-6)
-    if not relative <= allowed:  # also for NaN
-        raise StageError(
-            f"{what} the logits differ by {difference:.3g} ({relative:.3g} of the largest, allowed {allowed:.3g}), so "
-            "the model is not the trained one. Nothing was written; save in float32, or keep the adapter "
-            "(lora.merge: false)"
-        )
-    return relative
-
-
-def _refuse_quantised(model: Any, base: str) -> None:
-    layers = [name for name, module in model.named_modules() if type(module).__name__ in _QUANTISED_LAYERS]
-    if layers or getattr(model.config, "quantization_config", None) is not None:
-        raise StageError(
-            f"{base} is quantised as saved ({layers[0] if layers else 'quantization_config in its config.json'}), and "
-            "a merge would round the adapter away; name the unquantised model in adapter_config.json"
-        )

@@ -16,7 +16,8 @@ from transformers.utils import logging as transformers_logging
 
 from stagekit.errors import ConfigError, StageError
 from stagekit.files import whole_folder
-from stagekit.models import ROUNDING_TOLERANCE, adapter_base, fixed_logits, load_tokenizer
+from stagekit.merging import ROUNDING_TOLERANCE, fixed_logits
+from stagekit.models import adapter_base, load_tokenizer
 from stagekit.rows import json_object
 
 

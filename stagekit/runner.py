@@ -262,7 +262,7 @@ def _merged(task: Task, adapter: str) -> str:
     """The incoming adapter merged into its base, once, in the stage's folder: the base of what this stage trains."""
     import torch
 
-    from stagekit.models import merge_adapter
+    from stagekit.merging import merge_adapter
     from stagekit.reward_models import merge_reward_adapter
     from stagekit.rows import json_object
 

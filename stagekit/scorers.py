@@ -112,7 +112,7 @@ class ModelScorer:
     @property
     def fingerprint(self) -> str:
         """The content of the weights."""
-        from stagekit.models import model_fingerprint
+        from stagekit.fingerprints import model_fingerprint
 
         return model_fingerprint(self.path)
 

@@ -211,7 +211,7 @@ def _merge(job: Job, trainer: Any, adapter: Path) -> None:
 
     import torch
 
-    from stagekit.models import merge_adapter
+    from stagekit.merging import merge_adapter
     from stagekit.reward_models import merge_reward_adapter
 
     merge = merge_adapter if job.stage.method.artifact == "policy" else merge_reward_adapter

@@ -140,3 +140,21 @@ def served(tmp_path: Path) -> Iterator[tuple[str, Path]]:
         assert process.stdout is not None
         yield f"http://127.0.0.1:{process.stdout.readline().strip()}/v1", folder
         process.terminate()
+
+
+@pytest.fixture
+def adapter(tiny_model_path: str, tmp_path: Path) -> Path:
+    """A trained LoRA adapter on the tiny model, saved with its tokenizer."""
+    import torch
+    from peft import get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    from stagekit.models import load_tokenizer, lora_config
+    from tests.adapting import trained
+
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_pretrained(tiny_model_path)
+    model = trained(get_peft_model(base, lora_config(4, 8.0, 0.0, ("q_proj", "v_proj"))))
+    model.save_pretrained(tmp_path / "adapter")
+    load_tokenizer(tiny_model_path).save_pretrained(tmp_path / "adapter")
+    return tmp_path / "adapter"

@@ -8,7 +8,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from stagekit.errors import ConfigError, Interrupted
-from stagekit.generation import TransformersGenerator, tokenizer_fingerprint, weights_fingerprint
+from stagekit.fingerprints import tokenizer_fingerprint, weights_fingerprint
+from stagekit.generation import TransformersGenerator
 from stagekit.requests import Completion, Generator, Message, Request, Sampling, ScriptedGenerator, plan_batches
 
 

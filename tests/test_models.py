@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl.trainer.utils import add_fused_lm_head
 
 from stagekit.errors import ConfigError, StageError
+from stagekit.fingerprints import model_fingerprint
 from stagekit.models import (
     adapter_base,
     bnb_config,
@@ -19,45 +20,15 @@ from stagekit.models import (
     load_tokenizer,
     local_model,
     lora_config,
-    merge_adapter,
-    model_fingerprint,
     same_adapter,
     snapshot_model,
     tokenizer_identity,
 )
+from tests.adapting import edit_adapter, logits, trained
 
 
 LORA = {"rank": 4, "alpha": 8.0, "target_modules": ("q_proj", "v_proj")}
 SHA = "0123456789abcdef0123456789abcdef01234567"
-
-
-def logits(model: Any) -> torch.Tensor:
-    """Logits (1, 16, V) on fixed token ids, by the plain forward."""
-    with torch.no_grad():
-        result: torch.Tensor = model.eval()(input_ids=torch.arange(3, 19)[None]).logits
-    return result
-
-
-def trained(model: Any, steps: int = 3) -> Any:
-    """The model after a few real optimiser steps, so that its weights differ from the start."""
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    ids = torch.arange(3, 19)[None]
-    for _ in range(steps):
-        model.train()(input_ids=ids, labels=ids).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    return model
-
-
-@pytest.fixture
-def adapter(tiny_model_path: str, tmp_path: Path) -> Path:
-    """A trained LoRA adapter on the tiny model, saved with its tokenizer."""
-    torch.manual_seed(0)
-    base = AutoModelForCausalLM.from_pretrained(tiny_model_path)
-    model = trained(get_peft_model(base, lora_config(4, 8.0, 0.0, ("q_proj", "v_proj"))))
-    model.save_pretrained(tmp_path / "adapter")
-    load_tokenizer(tiny_model_path).save_pretrained(tmp_path / "adapter")
-    return tmp_path / "adapter"
 
 
 def hub_copy(folder: str, cache: Path, monkeypatch: pytest.MonkeyPatch, *left_out: str) -> None:
@@ -177,12 +148,6 @@ def test_an_adapter_names_its_base(adapter: Path, tiny_model_path: str, tmp_path
     assert adapter_base("HuggingFaceTB/SmolLM2-135M") is None
 
 
-def edit_adapter(adapter: Path, **changes: Any) -> None:
-    """Change keys of the adapter's configuration."""
-    path = adapter / "adapter_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-
-
 def test_an_adapter_that_cannot_be_loaded_says_why(adapter: Path, tmp_path: Path) -> None:
     edit_adapter(adapter, r=8)
     with pytest.raises(StageError, match="does not fit its base"):
@@ -226,75 +191,6 @@ def test_all_linear_is_recognised_after_peft_has_spelt_it_out(tiny_model_path: s
     assert same_adapter(tmp_path, LORA | {"target_modules": "all-linear"})
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_merged_model_has_the_adapters_logits(adapter: Path, tmp_path: Path, dtype: torch.dtype) -> None:
-    with_adapter = logits(load_policy(str(adapter)))
-    told = merge_adapter(adapter, tmp_path / "merged", dtype)
-    merged = load_policy(str(tmp_path / "merged"), dtype="auto")
-    assert merged.dtype == dtype
-    assert adapter_base(tmp_path / "merged") is None
-    # Logits up to about 8; each weight is rounded once (2^-24 or 2^-8), and in bfloat16 each activation of two layers.
-    tolerance = {torch.float32: 1e-4, torch.bfloat16: 0.4}[dtype]
-    torch.testing.assert_close(logits(merged).float(), with_adapter, rtol=0, atol=tolerance)
-    assert 0 < told["merge_difference"] < 1e-5
-    assert told["saved_difference"] < {torch.float32: 1e-7, torch.bfloat16: 0.05}[dtype]
-    assert (told["base"], told["dtype"]) == (adapter_base(adapter), str(dtype).removeprefix("torch."))
-    identity = tokenizer_identity(load_tokenizer(str(tmp_path / "merged")))
-    assert identity == tokenizer_identity(load_tokenizer(str(adapter)))
-
-
-@pytest.mark.parametrize("variant", ["use_rslora", "use_dora"])
-def test_a_merged_variant_has_the_adapters_logits(variant: str, tiny_model_path: str, tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    extras: dict[str, Any] = {variant: True}
-    model = get_peft_model(
-        AutoModelForCausalLM.from_pretrained(tiny_model_path),
-        lora_config(4, 8.0, 0.0, ("q_proj", "v_proj"), **extras),
-    )
-    trained(model).save_pretrained(tmp_path / "adapter")
-    load_tokenizer(tiny_model_path).save_pretrained(tmp_path / "adapter")
-    told = merge_adapter(tmp_path / "adapter", tmp_path / "merged", torch.float32)
-    assert told["merge_difference"] < 1e-4
-    merged = logits(load_policy(str(tmp_path / "merged")))
-    torch.testing.assert_close(merged, logits(model), rtol=0, atol=1e-3)
-    assert not torch.allclose(merged, logits(load_policy(tiny_model_path)), atol=1e-2)
-
-
-def test_a_merge_that_changes_the_logits_stops_and_writes_nothing(adapter: Path, tmp_path: Path) -> None:
-    with pytest.raises(StageError, match=r"logits differ by .*allowed 0\).*Nothing was written"):
-        merge_adapter(adapter, tmp_path / "merged", torch.float32, tolerance=0.0)
-    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
-
-
-def test_a_merge_needs_an_adapter_and_another_folder(adapter: Path, tiny_model_path: str, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="holds no adapter"):
-        merge_adapter(tiny_model_path, tmp_path / "merged", torch.float32)
-    with pytest.raises(ConfigError, match="the adapter's own folder"):
-        merge_adapter(adapter, adapter, torch.float32)
-
-
-def test_t40_an_adapter_trained_on_a_quantised_base_is_merged_into_the_plain_one(
-    tiny_model_path: str, tmp_path: Path
-) -> None:
-    torch.manual_seed(0)
-    base = load_policy(tiny_model_path, quantization=bnb_config(4, torch.float32))
-    assert type(base.model.layers[0].self_attn.q_proj).__name__ == "Linear4bit"
-    model = trained(get_peft_model(base, lora_config(4, 8, 0.0, ("q_proj", "v_proj"))))
-    model.save_pretrained(tmp_path / "adapter")
-    merge_adapter(tmp_path / "adapter", tmp_path / "merged", torch.float32)
-    merged = load_policy(str(tmp_path / "merged"))
-    assert {type(module).__name__ for module in merged.modules()} & {"Linear4bit", "Linear8bitLt"} == set()
-    assert "quantization_config" not in json.loads((tmp_path / "merged" / "config.json").read_text())
-
-
-def test_a_base_saved_quantised_is_not_merged_into(adapter: Path, tiny_model_path: str, tmp_path: Path) -> None:
-    quantised = load_policy(tiny_model_path, quantization=bnb_config(8, torch.float32))
-    quantised.save_pretrained(tmp_path / "base8")
-    edit_adapter(adapter, base_model_name_or_path=str(tmp_path / "base8"))
-    with pytest.raises(StageError, match="quantised as saved"):
-        merge_adapter(adapter, tmp_path / "merged", torch.float32)
-
-
 def test_t39_quantisation_is_that_of_the_qlora_paper() -> None:
     four, eight = bnb_config(4, torch.bfloat16), bnb_config(8, torch.bfloat16)
     assert (four.load_in_4bit, four.bnb_4bit_quant_type, four.bnb_4bit_use_double_quant) == (True, "nf4", True)
@@ -332,36 +228,3 @@ def test_a_snapshot_of_a_peft_model_is_one_too_and_is_frozen(adapter: Path) -> N
     assert not any(p.requires_grad for p in snapshot.parameters())
     assert any(p.requires_grad for p in live.parameters())
     assert "forward" in model.base_model.model.__dict__
-
-
-def test_the_fingerprint_of_a_model_follows_weights_tokenizer_and_base(
-    adapter: Path, tiny_model_path: str, tmp_path: Path
-) -> None:
-    copied = Path(shutil.copytree(tiny_model_path, tmp_path / "copy"))
-    assert model_fingerprint(str(copied)) == model_fingerprint(tiny_model_path)
-    (copied / "README.md").write_text("a model card does not matter")
-    assert model_fingerprint(str(copied)) == model_fingerprint(tiny_model_path)
-    load_tokenizer(tiny_model_path, "{{ 1 }}").save_pretrained(copied)
-    assert model_fingerprint(str(copied)) != model_fingerprint(tiny_model_path)
-    first = model_fingerprint(str(adapter))
-    trained(load_policy(tiny_model_path)).save_pretrained(copied)
-    edit_adapter(adapter, base_model_name_or_path=str(copied))
-    assert model_fingerprint(str(adapter)) != first
-
-
-def test_an_adapter_is_the_same_on_a_moved_base_and_in_any_order_of_its_modules(
-    adapter: Path, tiny_model_path: str, tmp_path: Path
-) -> None:
-    """Else the texts of a stage would follow the folder that a run stands in."""
-    first = model_fingerprint(str(adapter))
-    moved = shutil.copytree(tiny_model_path, tmp_path / "moved")
-    modules = json.loads((adapter / "adapter_config.json").read_text())["target_modules"]
-    edit_adapter(adapter, base_model_name_or_path=str(moved), target_modules=modules[::-1])
-    assert model_fingerprint(str(adapter)) == first
-    edit_adapter(adapter, lora_alpha=1)
-    assert model_fingerprint(str(adapter)) != first
-
-
-def test_a_name_that_is_no_model_has_no_fingerprint() -> None:
-    with pytest.raises(StageError, match="neither a model folder nor a hub id"):
-        model_fingerprint("./nowhere")

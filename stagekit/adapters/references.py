@@ -108,7 +108,7 @@ def cache_arguments(job: "Job") -> dict[str, Any]:
     if not precomputes(job.stage) or reference_of(job.stage).mode == "none" or job.model is None:
         return {}
     from stagekit.convert import cache_folder
-    from stagekit.models import model_fingerprint
+    from stagekit.fingerprints import model_fingerprint
 
     key = f"{model_fingerprint(job.model.base)} {model_fingerprint(job.model.adapter) if job.model.adapter else ''}"
     return {"cache_dir": str(cache_folder() / "reference"), "cache_key": key}

@@ -88,7 +88,7 @@ class Scoring(Method):
         """
         import torch
 
-        from stagekit.models import ROUNDING_TOLERANCE
+        from stagekit.merging import ROUNDING_TOLERANCE
         from stagekit.reward_models import SAME_SCORE, same_scores
 
         given = (job.setting("model_init_kwargs") or {}).get("dtype", "float32")

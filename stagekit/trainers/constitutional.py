@@ -36,8 +36,8 @@ from stagekit.trainers.constitutional_rows import (
     samples,
     sft_rows,
     strip_lead_in,
-    wrong_with,
 )
+from stagekit.trainers.conversations import unanswerable
 from stagekit.writer import Ask, Progress, Turn, Writer
 
 
@@ -404,7 +404,7 @@ def _usable(record: Record) -> Text | None:
 
 def _check(prompts: Sequence[Prompt], principles: Sequence[Principle], rounds: int) -> None:
     problems = [
-        Problem(f"prompts[{place}]", wrong) for place, p in enumerate(prompts) if (wrong := wrong_with(p.messages))
+        Problem(f"prompts[{place}]", wrong) for place, p in enumerate(prompts) if (wrong := unanswerable(p.messages))
     ]
     if rounds < 1:
         problems.append(Problem("rounds", f"{rounds} gives no revision to train on; set at least 1"))

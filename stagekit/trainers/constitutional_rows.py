@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any, Literal
 
-from stagekit.errors import ConfigError, Problem, StageError
+from stagekit.errors import StageError
 from stagekit.requests import Message
+from stagekit.trainers.conversations import asked_in
 
 
 Target = Literal["all", "final"]
@@ -115,29 +116,7 @@ def prompts_from(rows: Iterable[Mapping[str, Any]], source: str = "prompts", rev
     Raises:
         ConfigError: with every row that has no prompt, or one that does not end with the user's turn.
     """
-    prompts: list[Prompt] = []
-    problems: list[Problem] = []
-    for position, row in enumerate(rows):
-        given = row.get("prompt")
-        messages = [{"role": "user", "content": given}] if isinstance(given, str) else list(given or ())
-        kept = tuple({"role": message["role"], "content": message["content"]} for message in messages)
-        wrong = wrong_with(kept)
-        if wrong:
-            problems.append(Problem(f"{source}: row {position}", wrong))
-        prompts.append(Prompt(kept, source, revise))
-    if problems:
-        raise ConfigError(problems)
-    return prompts
-
-
-def wrong_with(messages: Sequence[Message]) -> str:
-    """What keeps a conversation from being a prompt; an empty string where nothing does."""
-    if not messages or not any(message["content"].strip() for message in messages):
-        return "the prompt is empty"
-    role = messages[-1]["role"]
-    if role != "user":
-        return f"the prompt ends with a turn of the {role}; it must end with the user's, which the policy answers"
-    return ""
+    return [Prompt(messages, source, revise) for messages in asked_in(rows, source)]
 
 
 def sft_rows(revisions: Revisions, target: Target = "all", drop_flagged: bool = False) -> list[dict[str, Any]]:

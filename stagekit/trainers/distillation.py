@@ -28,8 +28,7 @@ from stagekit.distillation_losses import (
     soften,
 )
 from stagekit.errors import ConfigError, StageError
-from stagekit.generation import weights_fingerprint
-from stagekit.models import model_fingerprint
+from stagekit.fingerprints import model_fingerprint, weights_fingerprint
 from stagekit.trainers.distillation_cache import COLUMN, KeptTargets, Targets, WithRows, by_row, top_k
 from stagekit.trainers.distillation_checks import check_config, check_rows, shared_vocabulary
 from stagekit.trainers.distillation_head import (

@@ -18,7 +18,7 @@ from stagekit.errors import ConfigError, Problem, StageError
 from stagekit.requests import Message
 from stagekit.selection import Candidate, Group
 from stagekit.trainers.comparisons import Pair, Verdict
-from stagekit.trainers.constitutional_rows import wrong_with
+from stagekit.trainers.conversations import NO_ANSWER, answer_in, turns_in, unanswerable
 
 
 KNOWN_BY_NAME = ("chosen", "rejected")
@@ -97,17 +97,15 @@ def responses_from(
 
 def _response_of(row: Mapping[str, Any], columns: Sequence[str], truth: str | None) -> tuple[Responses, list[str]]:
     """The two responses of a row, and what is wrong with them."""
-    given = row.get("prompt")
-    messages = [{"role": "user", "content": given}] if isinstance(given, str) else list(given or ())
-    kept = tuple({"role": message["role"], "content": message["content"]} for message in messages)
-    texts = [_text(row.get(column)) for column in columns]
+    kept = turns_in(row.get("prompt"))
+    texts = [answer_in(row.get(column)) for column in columns]
     if truth is not None and truth not in row:
         return Responses(kept, "", ""), [f"has no column {truth!r}, which is to say which response is better"]
     better = row[truth] if truth is not None else 0 if tuple(columns) == KNOWN_BY_NAME else None
-    asked = wrong_with(kept)
+    asked = unanswerable(kept)
     wrong = [asked] if asked else []
     for column, text in zip(columns, texts, strict=True):
-        wrong += [f"{column} must be a text, or one turn of the assistant"] if text is None else []
+        wrong += [f"{column} {NO_ANSWER}"] if text is None else []
     if better not in (0, 1, None):
         return Responses(kept, "", ""), [*wrong, f"{truth} is {better!r}; it says which is better: 0, 1, or null"]
     first, second = (text or "" for text in texts)
@@ -281,12 +279,6 @@ def _unusable(candidate: Candidate) -> str | None:
 
 def _equal(one: str, other: str) -> str | None:
     return "equal" if one.strip() == other.strip() else None
-
-
-def _text(given: Any) -> str | None:
-    """A response as a text; None where it is none."""
-    turns = [{"role": "assistant", "content": given}] if isinstance(given, str) else list(given or ())
-    return str(turns[0]["content"]) if len(turns) == 1 and turns[0]["role"] == "assistant" else None
 
 
 def _answer(text: str) -> list[Message]:

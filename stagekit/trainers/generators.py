@@ -9,7 +9,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
 from stagekit.counters import digest_of
 from stagekit.errors import ConfigError
-from stagekit.generation import TransformersGenerator, tokenizer_fingerprint, weights_fingerprint
+from stagekit.fingerprints import tokenizer_fingerprint, weights_fingerprint
+from stagekit.generation import TransformersGenerator
 from stagekit.requests import Sampling
 from stagekit.writer import Progress
 

@@ -139,7 +139,7 @@ class CachedReference:
 
     Args:
         cache_dir: The folder. None: nothing is kept.
-        cache_key: Says which model the reference is (`stagekit.models.model_fingerprint`). None: TRL's hash of all
+        cache_key: Says which model the reference is (see `model_fingerprint`). None: TRL's hash of all
             weights, which for a new adapter depends on the seed although its reference, the base, does not.
         arguments: Everything else that `DPOTrainer` takes.
 

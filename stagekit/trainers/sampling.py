@@ -18,7 +18,7 @@ from stagekit.requests import Generator, Message
 from stagekit.scorers import Scorer
 from stagekit.selection import Candidate, Group
 from stagekit.shares import share_out
-from stagekit.trainers.constitutional_rows import wrong_with
+from stagekit.trainers.conversations import asked_in
 from stagekit.writer import Ask, Progress, Writer, is_done
 
 
@@ -45,21 +45,10 @@ def prompts_from(rows: Iterable[Mapping[str, Any]], where: str = "train_dataset"
     Raises:
         ConfigError: with every row that has no prompt, or one that does not end with the user's turn; or no rows.
     """
-    prompts: list[Prompt] = []
-    problems: list[Problem] = []
-    for position, row in enumerate(rows):
-        given = row.get("prompt")
-        messages = [{"role": "user", "content": given}] if isinstance(given, str) else list(given or ())
-        kept = tuple({"role": message["role"], "content": message["content"]} for message in messages)
-        wrong = wrong_with(kept)
-        if wrong:
-            problems.append(Problem(f"{where}: row {position}", wrong))
-        prompts.append(Prompt(kept, row))
-    if not prompts:
-        problems.append(Problem(where, "has no rows"))
-    if problems:
-        raise ConfigError(problems)
-    return prompts
+    rows = list(rows)
+    if not rows:
+        raise ConfigError([Problem(where, "has no rows")])
+    return [Prompt(messages, row) for messages, row in zip(asked_in(rows, where), rows, strict=True)]
 
 
 def texts_digest(

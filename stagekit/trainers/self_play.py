@@ -14,6 +14,7 @@ from typing import Any
 from stagekit.errors import ConfigError, Problem, StageError
 from stagekit.requests import Message
 from stagekit.selection import Candidate, Group
+from stagekit.trainers.conversations import NO_ANSWER, answer_in
 
 
 MANY_TRUNCATED = 0.3
@@ -32,14 +33,11 @@ def real_answers(rows: Iterable[Mapping[str, Any]], where: str = "train_dataset"
     """
     answers, problems = [], []
     for position, row in enumerate(rows):
-        given = row.get("completion")
-        turns = [{"role": "assistant", "content": given}] if isinstance(given, str) else list(given or ())
-        if len(turns) != 1 or turns[0]["role"] != "assistant" or not turns[0]["content"].strip():
-            problems.append(
-                Problem(f"{where}: row {position}", "completion must be a text, or one turn of the assistant")
-            )
+        answer = answer_in(row.get("completion"))
+        if answer is None or not answer.strip():
+            problems.append(Problem(f"{where}: row {position}", f"completion {NO_ANSWER}"))
             continue
-        answers.append(turns[0]["content"])
+        answers.append(answer)
     if problems:
         raise ConfigError(problems)
     return answers

@@ -21,6 +21,7 @@ from stagekit.errors import ConfigError, Problem, StageError
 from stagekit.journal import Journal
 from stagekit.requests import Generator, Message
 from stagekit.selection import Candidate, Group, quantiles
+from stagekit.trainers.conversations import turns_in
 from stagekit.trainers.sampling import Prompt
 from stagekit.writer import Ask, Progress, Writer
 
@@ -121,15 +122,13 @@ def seeds_from(rows: Iterable[Mapping[str, Any]], where: str = "training_data") 
     """
     seeds, problems = [], []
     for position, row in enumerate(rows):
-        given = row.get("prompt")
-        messages = [{"role": "user", "content": given}] if isinstance(given, str) else list(given or ())
+        messages = turns_in(row.get("prompt"))
         turns = [message for message in messages if message["role"] != "system"]
         if len(turns) != 1 or turns[0]["role"] != "user" or not turns[0]["content"].strip():
             wrong = "a seed is one instruction: prompt must be a text, or a conversation of one turn of the user"
             problems.append(Problem(f"{where}: row {position}", wrong))
             continue
-        kept = [{"role": message["role"], "content": message["content"]} for message in messages]
-        seeds.append(Seed(turns[0]["content"].strip(), digest_of(kept)))
+        seeds.append(Seed(turns[0]["content"].strip(), digest_of(list(messages))))
     if not seeds and not problems:
         problems.append(Problem(where, "has no rows"))
     if problems:

@@ -100,7 +100,7 @@ def _demonstrations(folder: Path) -> Path:
 
 
 def test_a_live_teacher_is_told_by_its_weights(seeds: str, tiny_model_path: str, tmp_path: Path) -> None:
-    from stagekit.generation import weights_fingerprint
+    from stagekit.fingerprints import weights_fingerprint
 
     live = AutoModelForCausalLM.from_pretrained(tiny_model_path)
     accounted(run(tiny_model_path, tmp_path, synthetic(seeds, method={"teacher": live}))["synth"])

@@ -184,7 +184,7 @@ def test_the_prompt_of_the_opponent_is_the_prompt_of_training(tmp_path: Path, ti
 
 def test_each_iteration_plays_against_the_model_of_the_one_before(tmp_path: Path, tiny_model_path: str) -> None:
     from stagekit.counters import digest_of
-    from stagekit.generation import tokenizer_fingerprint, weights_fingerprint
+    from stagekit.fingerprints import tokenizer_fingerprint, weights_fingerprint
 
     settings = config(tmp_path)
     player = self_play(tiny_model_path, settings, ROWS, iterations=3)
