@@ -131,7 +131,7 @@ def _references(
                 yield from _scores(path, seen[name])
             elif path.startswith(f"{stage.path}.method.reward"):
                 if not found:
-                    yield from _rewards_with(stage, path, seen[name])
+                    yield from _rewards_with(path, seen[name])
             elif not found and not gives_policy(seen[name]) and not _goes_on(stage, path, seen[name]):
                 yield Problem(path, f"stage {name!r} leaves no model ({_why_no_policy(seen[name])})")
     for path, value in data_of(stage):
@@ -153,15 +153,12 @@ def _references(
             )
 
 
-def _rewards_with(stage: "TrainingStage", path: str, before: "TrainingStage") -> Iterable[Problem]:
-    """A stage that is to score answers leaves a reward model, of a kind that the stage can use."""
-    kinds = {"SEQ_CLS": "reward", "TOKEN_CLS": "process_reward"}
-    if not trains(before) or before.method.task not in stage.method.scored_by:
+def _rewards_with(path: str, before: "TrainingStage") -> Iterable[Problem]:
+    """A stage that is to score answers leaves a reward model, of whole answers or of their steps."""
+    if not trains(before) or before.method.artifact != "reward_model":
         leaves = _why_no_policy(before) if not trains(before) else f"it is a {before.method.type} stage"
-        named = " or ".join(kinds[task] for task in sorted(stage.method.scored_by))
-        yield Problem(
-            path, f"stage {before.name!r} leaves no reward model to score with ({leaves}); name a {named} stage"
-        )
+        message = f"stage {before.name!r} leaves no reward model to score with ({leaves})"
+        yield Problem(path, f"{message}; name a reward or process_reward stage")
 
 
 def _goes_on(stage: "TrainingStage", path: str, before: "TrainingStage") -> bool:

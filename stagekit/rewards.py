@@ -108,32 +108,14 @@ class AsyncWatched(Watched):
         return self._numbers(found, prompts, completions)
 
 
-class ModelReward:
-    """A reward model as a reward function: its own tokenizer, in batches by tokens, without gradients.
+class _OfModel:
+    """A model that gives rewards, as a reward function."""
 
-    TRL would run it on a whole rollout at once, load it with the policy's arguments and, for an adapter, fail.
+    __name__: str
 
-    Args:
-        source: A folder or hub id that `load_reward_model` takes, or a model with one label.
-        tokenizer: Of a model that was handed over; None: the one of its folder.
-        name: Under which its rewards are logged.
-        batch_tokens: Padded size of a batch.
-    """
-
-    def __init__(
-        self, source: Any, *, tokenizer: Any = None, name: str | None = None, batch_tokens: int = 16384
-    ) -> None:
-        from accelerate import PartialState
-
-        from stagekit.reward_models import load_reward_model
-
-        if isinstance(source, str | Path):
-            self.model, self.tokenizer = load_reward_model(str(source), device_map={"": PartialState().device})
-            self.__name__ = name or Path(source).name
-        else:
-            self.model, self.tokenizer = source.eval().to(PartialState().device), tokenizer or _tokenizer_of(source)
-            self.__name__ = name or Path(source.config._name_or_path).name or type(source).__name__
-        self.batch_tokens = batch_tokens
+    def scores(self, prompts: Sequence[Any], completions: Sequence[Any]) -> list[float | None]:
+        """The score of each completion; None for one that does not fit in the model's context."""
+        raise NotImplementedError
 
     def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float | None]:
         """The score of each completion.
@@ -141,9 +123,7 @@ class ModelReward:
         Raises:
             StageError: one does not fit in the reward model's context.
         """
-        from stagekit.reward_models import score
-
-        found = score(self.model, self.tokenizer, prompts, completions, batch_tokens=self.batch_tokens)
+        found = self.scores(prompts, completions)
         if None in found:
             row = found.index(None)
             raise StageError(
@@ -153,35 +133,74 @@ class ModelReward:
         return found
 
 
-class ProcessReward:
+class ModelReward(_OfModel):
+    """A reward model as a reward function: its own tokenizer, in batches by tokens, without gradients.
+
+    TRL would run it on a whole rollout at once, load it with the policy's arguments and, for an adapter, fail.
+
+    Args:
+        source: A folder or hub id that `load_reward_model` takes, or a model with one label.
+        tokenizer: Of a model that was handed over; None: the one of its folder.
+        name: Under which its rewards are logged.
+        batch_tokens: Padded size of a batch.
+        device_map: Where a model is loaded to, as in transformers. None: the device of the trainer.
+    """
+
+    def __init__(
+        self,
+        source: Any,
+        *,
+        tokenizer: Any = None,
+        name: str | None = None,
+        batch_tokens: int = 16384,
+        device_map: Any = None,
+    ) -> None:
+        from stagekit.reward_models import load_reward_model
+
+        if isinstance(source, str | Path):
+            self.model, self.tokenizer = load_reward_model(str(source), device_map=device_map or {"": _device()})
+            self.__name__ = name or Path(source).name
+        else:
+            self.model, self.tokenizer = source.eval().to(_device()), tokenizer or _tokenizer_of(source)
+            self.__name__ = name or Path(source.config._name_or_path).name or type(source).__name__
+        self.batch_tokens = batch_tokens
+
+    def scores(self, prompts: Sequence[Any], completions: Sequence[Any]) -> list[float | None]:
+        """The score of each completion; None for one that does not fit in the model's context."""
+        from stagekit.reward_models import score
+
+        return score(self.model, self.tokenizer, prompts, completions, batch_tokens=self.batch_tokens)
+
+
+class ProcessReward(_OfModel):
     """A process reward model as a reward function: the probability of the completion's weakest step.
 
     Args:
         source: A folder or hub id that `load_process_reward_model` takes.
         name: Under which its rewards are logged.
+        device_map: As of `ModelReward`.
 
     Source: huggingface.co/papers/2305.20050, section 2.6, which multiplies the steps instead of taking the least.
     """
 
-    def __init__(self, source: str | Path, *, name: str | None = None) -> None:
-        from accelerate import PartialState
-
+    def __init__(self, source: str | Path, *, name: str | None = None, device_map: Any = None) -> None:
         from stagekit.reward_models import load_process_reward_model
 
-        device = {"": PartialState().device}
-        self.model, self.tokenizer = load_process_reward_model(str(source), device_map=device)
+        self.model, self.tokenizer = load_process_reward_model(str(source), device_map=device_map or {"": _device()})
         self.separator = getattr(self.model.config, "step_separator", "\n")
         self.__name__ = name or Path(source).name
 
-    def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float]:
-        """The probability of the weakest step of each completion; 0 for one without a step."""
-        from stagekit.trainers.process_reward import score_steps
+    def scores(self, prompts: Sequence[Any], completions: Sequence[Any]) -> list[float | None]:
+        """The probability of the weakest step of each completion; 0 for one without a step, None for one that does
+        not fit in the model's context."""
+        return [self._weakest(*row) for row in zip(prompts, completions, strict=True)]
 
-        found = []
-        for prompt, completion in zip(prompts, completions, strict=True):
-            steps = [step for step in text_of(completion).split(self.separator) if step.strip()]
-            found.append(min(score_steps(self.model, self.tokenizer, prompt, steps), default=0.0) if steps else 0.0)
-        return found
+    def _weakest(self, prompt: Any, completion: Any) -> float | None:
+        from stagekit.trainers.process_reward import chances_of_steps
+
+        steps = [step for step in text_of(completion).split(self.separator) if step.strip()]
+        found = chances_of_steps(self.model, self.tokenizer, prompt, steps, self.separator) if steps else [0.0]
+        return None if found is None else min(found)
 
 
 def text_of(completion: Any) -> str:
@@ -202,8 +221,20 @@ def reward_of(declared: RewardSource, place: Any) -> Watched:
         return watched
     stage = str(declared.source).removeprefix("stage:")
     name = declared.name or (stage if stage != str(declared.source) else None)
-    process = isinstance(place, str) and _gives(place, "ForTokenClassification", "TOKEN_CLS")
-    return Watched(ProcessReward(place, name=name) if process else ModelReward(place, name=name))
+    return Watched(model_reward(place, name))
+
+
+def model_reward(place: Any, name: str | None = None, **loading: Any) -> ModelReward | ProcessReward:
+    """The reward model in a folder, or a live one, as a reward function: of answers, or of their steps.
+
+    Args:
+        place: A folder, a hub id, or a live model.
+        name: Under which its rewards are logged.
+        loading: More arguments of the two.
+    """
+    if isinstance(place, str) and _gives(place, "ForTokenClassification", "TOKEN_CLS"):
+        return ProcessReward(place, name=name, **loading)
+    return ModelReward(place, name=name, **loading)
 
 
 def function_of(declared: RewardSource, function: RewardFunction) -> RewardFunction:
@@ -280,6 +311,13 @@ def as_reward(source: Any, tokenizer: Any = None) -> Watched:
         raise ConfigError(f"reward: {source!r} is no function, no reward model and no name of one")
     asynchronous = inspect.iscoroutinefunction(source) or inspect.iscoroutinefunction(source.__call__)
     return AsyncWatched(source) if asynchronous else Watched(source)
+
+
+def _device() -> Any:
+    """Where the trainer of this process is."""
+    from accelerate import PartialState
+
+    return PartialState().device
 
 
 def _tokenizer_of(model: Any) -> Any:

@@ -1,5 +1,6 @@
 """Score answers: by a function with TRL's reward signature, by a reward model, or by a weighted sum of several."""
 
+import asyncio
 import inspect
 import json
 import math
@@ -9,9 +10,10 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from stagekit.counters import digest_of
-from stagekit.errors import ConfigError, StageError, StagekitError
+from stagekit.errors import ConfigError
 from stagekit.options import function_name, is_function_name
 from stagekit.requests import Message
+from stagekit.rewards import ModelReward, ProcessReward, Watched, as_reward, model_reward
 
 
 Prompt = str | Sequence[Message]
@@ -69,22 +71,11 @@ class FunctionScorer:
         """One call for all answers."""
         if not completions:
             return []
-        name = function_name(self.function)
         answers = [_like(prompt, text) for prompt, text in zip(prompts, completions, strict=True)]
-        try:
-            given = self.function(prompts=list(prompts), completions=answers, **self._wanted(columns), **self.options)
-        except StagekitError:
-            raise
-        except Exception as error:
-            raise StageError(
-                f"the reward {name} raised {type(error).__name__}: {error}, while it scored {len(answers)} answers, "
-                f"the first: prompt {prompts[0]!r}, answer {completions[0]!r}"
-            ) from error
-        if not isinstance(given, Sequence) and not hasattr(given, "__len__"):
-            raise StageError(f"the reward {name} gave {given!r}; it must give a list of numbers, one per answer")
-        if len(given) != len(answers):
-            raise StageError(f"the reward {name} gave {len(given)} numbers for {len(answers)} answers")
-        return [_number(*row, name) for row in zip(given, prompts, completions, strict=True)]
+        watched = as_reward(self.function)
+        watched.__name__ = function_name(self.function)
+        given = watched(prompts=list(prompts), completions=answers, **{**self._wanted(columns), **self.options})
+        return asyncio.run(given) if inspect.iscoroutine(given) else given
 
     def _wanted(self, columns: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:
         parameters = inspect.signature(self.function).parameters.values()
@@ -99,15 +90,14 @@ class FunctionScorer:
 
 @dataclass
 class ModelScorer:
-    """A reward model by its path: a sequence classifier with one label, or its adapter.
+    """A reward model by its path, of answers or of their steps, or the adapter of one.
 
     It reads prompt and answer through its own chat template; what exceeds its context has no reward. It is loaded for
     the first answer, in float32, and `free` gives its memory back.
     """
 
     path: str
-    batch_tokens: int = 16384
-    _loaded: Any = field(default=None, repr=False)
+    _loaded: ModelReward | ProcessReward | None = field(default=None, repr=False)
 
     @property
     def fingerprint(self) -> str:
@@ -120,15 +110,12 @@ class ModelScorer:
         self, prompts: Sequence[Prompt], completions: Sequence[str], columns: Mapping[str, Sequence[Any]]
     ) -> list[float | None]:
         """Scores in length-sorted batches; the columns play no part."""
-        from stagekit import reward_models
         from stagekit.models import device_map
 
         if self._loaded is None:
-            self._loaded = reward_models.load_reward_model(self.path, device_map=device_map())
-        model, tokenizer = self._loaded
+            self._loaded = model_reward(self.path, device_map=device_map() or "cpu")
         answers = [[{"role": "assistant", "content": text}] for text in completions]
-        given = reward_models.score(model, tokenizer, prompts, answers, batch_tokens=self.batch_tokens)
-        return [_number(*row, self.path) for row in zip(given, prompts, completions, strict=True)]
+        return Watched(self._loaded.scores, self.path)(prompts, answers)
 
     def free(self) -> None:
         """Give the model back."""
@@ -200,18 +187,3 @@ def scorer_from(reward: Any) -> Scorer:
 def _like(prompt: Prompt, text: str) -> str | list[Message]:
     """An answer in the form of its prompt."""
     return text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
-
-
-def _number(given: Any, prompt: Prompt, completion: str, name: str) -> float | None:
-    if given is None:
-        return None
-    try:
-        reward = float(given)
-    except (TypeError, ValueError):
-        reward = math.nan
-    if not math.isfinite(reward):
-        raise StageError(
-            f"the reward {name} gave {given!r}, no finite number, for the prompt {prompt!r} and the answer "
-            f"{completion!r}. Where a reward does not apply to an answer it gives None"
-        )
-    return reward

@@ -22,6 +22,7 @@ from stagekit.measures import text_metrics_of
 from stagekit.metrics import Judge, bleu, rouge, token_f1, win_rate
 from stagekit.options import function_name
 from stagekit.requests import Message, Request, Sampling, plan_batches
+from stagekit.rewards import Watched
 from stagekit.rows import as_messages
 
 
@@ -287,16 +288,19 @@ def _scorer(job: Job, options: TextMetrics, asked: Sequence[Question]) -> Score 
 
 
 def _by_function(function: Callable[..., Any], name: str) -> Score:
+    watched = Watched(function, name)
+
     def score(prompts: Sequence[Any], answers: Sequence[str]) -> list[float]:
         talks = not isinstance(prompts[0], str)
         completions = [[{"role": "assistant", "content": one}] for one in answers] if talks else list(answers)
         given = [[dict(turn) for turn in prompt] for prompt in prompts] if talks else list(prompts)
-        found = list(function(prompts=given, completions=completions))
-        if not all(isinstance(value, int | float) for value in found):
+        found = watched(prompts=given, completions=completions)
+        known = [value for value in found if value is not None]
+        if len(known) < len(found):
             raise StageError(
                 f"text_metrics.reward_model: {name} returned {found!r}; it returns a number for each answer"
             )
-        return found
+        return known
 
     return score
 

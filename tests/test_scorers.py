@@ -65,18 +65,28 @@ def test_columns_reach_the_function_by_name() -> None:
 @pytest.mark.parametrize(
     ("gives", "wrong"),
     [
-        (lambda prompts, completions: [1.0, float("nan")], r"gave nan.*prompt 'Q2'.*answer 'two'"),
-        (lambda prompts, completions: [1.0, float("inf")], r"gave inf.*prompt 'Q2'"),
-        (lambda prompts, completions: [1.0, "good"], r"gave 'good', no finite number.*'two'"),
-        (lambda prompts, completions: [1.0], "gave 1 numbers for 2 answers"),
-        (lambda prompts, completions: 1.0, "must give a list"),
-        (lambda prompts, completions: [1 / 0], r"raised ZeroDivisionError.*2 answers.*prompt 'Q1', answer 'one'"),
+        (lambda prompts, completions: [1.0, float("nan")], r"gave nan.*\n  prompt: Q2\n  completion: two"),
+        (lambda prompts, completions: [1.0, float("inf")], r"gave inf.*\n  prompt: Q2"),
+        (lambda prompts, completions: [1.0, "good"], r"gave 'good', no finite number\n.*\n  completion: two"),
+        (lambda prompts, completions: [1.0], "1 rewards for 2 completions"),
+        (lambda prompts, completions: 1.0, "not one number per completion"),
+        (
+            lambda prompts, completions: [1 / (one != "two") for one in completions],
+            r"raised ZeroDivisionError.*\n  prompt: Q2\n  completion: two",
+        ),
     ],
-    ids=["nan", "infinity", "a word", "too few", "no list", "raises"],
+    ids=["nan", "infinity", "a word", "too few", "no list", "raises on one of them"],
 )
 def test_a_reward_that_fails_stops_with_the_prompt_and_the_answer(gives: Any, wrong: str) -> None:
     with pytest.raises(StageError, match=wrong):
         FunctionScorer(gives).score(["Q1", "Q2"], ["one", "two"], {})
+
+
+def test_a_coroutine_function_is_waited_for() -> None:
+    async def later(prompts: list[Any], completions: list[Any], base: float, **columns: Any) -> list[float]:
+        return [base + len(one) for one in completions]
+
+    assert FunctionScorer(later, {"base": 1.0}).score(["Q", "R"], ["a", "bc"], {"base": [7, 7]}) == [2.0, 3.0]
 
 
 def test_tensors_and_booleans_are_numbers() -> None:
@@ -86,7 +96,7 @@ def test_tensors_and_booleans_are_numbers() -> None:
 
 
 def test_a_reward_model_scores_through_its_template_whatever_the_order(reward_model: str) -> None:
-    scorer = ModelScorer(reward_model, batch_tokens=64)
+    scorer = ModelScorer(reward_model)
     answers = ["Yes.", "No, I do not think so at all.", "Perhaps.", "word " * 3000]
     found = scorer.score([ASKED] * 4, answers, {})
     assert found[3] is None  # longer than its context: not cut in silence

@@ -60,8 +60,6 @@ class Method(Tagged):
     """`best_checkpoint_metric` -> the key under which the trainer reports it."""
     reports: ClassVar[frozenset[str]] = frozenset()
     """What else the trainer tells of an evaluation, without `eval_`; early stopping can watch it."""
-    scored_by: ClassVar[frozenset[str]] = frozenset({"SEQ_CLS", "TOKEN_CLS"})
-    """Tasks of the reward models that can be the stage's `reward`: of whole answers, of steps."""
     perplexity: ClassVar[bool] = False
     """Whether the evaluation loss is a mean negative log-likelihood, so that its exponential means something."""
     takes_loss: ClassVar[bool] = False

@@ -51,7 +51,6 @@ class RejectionSampling(Method):
     default_learning_rate: ClassVar = 2e-5
     slots: ClassVar = frozenset({"model", "lora", "generation", "trl"})
     columns: ClassVar = (("prompt",),)
-    scored_by: ClassVar = frozenset({"SEQ_CLS"})
     makes: ClassVar = ("selected", "preferences", "scored")
     metric_keys: ClassVar = {
         "loss": "eval_loss",

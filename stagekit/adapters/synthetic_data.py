@@ -93,7 +93,6 @@ class SyntheticData(Method):
         ),
     }  # fmt: skip
     columns: ClassVar = (("prompt",),)
-    scored_by: ClassVar = frozenset({"SEQ_CLS"})
     makes: ClassVar = ("rows", "instructions")
     trains: ClassVar = False
     needs_data: ClassVar = False

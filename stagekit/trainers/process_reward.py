@@ -313,12 +313,22 @@ def score_steps(
     Raises:
         StageError: the steps are longer than the model's context.
     """
-    config = model.config
-    separator = step_separator if step_separator is not None else getattr(config, "step_separator", "\n")
-    ids, ends = step_ids(tokenizer, prompt, steps, separator)
-    context = getattr(config.get_text_config(), "max_position_embeddings", None)
+    separator = step_separator if step_separator is not None else getattr(model.config, "step_separator", "\n")
+    chances = chances_of_steps(model, tokenizer, prompt, steps, separator)
+    if chances is None:
+        tokens = len(step_ids(tokenizer, prompt, steps, separator)[0])
+        raise StageError(f"prompt and steps have {tokens} tokens, more than the model's context of {_context(model)}")
+    return chances
+
+
+def chances_of_steps(
+    model: Any, tokenizer: Any, prompt: str | Sequence[Mapping[str, Any]], steps: Sequence[str], step_separator: str
+) -> list[float] | None:
+    """`score_steps`; None where prompt and steps are longer than the model's context."""
+    ids, ends = step_ids(tokenizer, prompt, steps, step_separator)
+    context = _context(model)
     if context is not None and len(ids) > context:
-        raise StageError(f"prompt and steps have {len(ids)} tokens, more than the model's context of {context}")
+        return None
     was_training = model.training
     model.eval()
     try:
@@ -328,6 +338,12 @@ def score_steps(
         model.train(was_training)
     chances: list[float] = logits[0, ends].float().softmax(-1)[:, 1].tolist()
     return chances
+
+
+def _context(model: Any) -> int | None:
+    """The most tokens that the model reads."""
+    context: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return context
 
 
 def _laid_out(

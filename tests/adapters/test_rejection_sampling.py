@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from stagekit import TrainingPipeline
-from stagekit.adapters import DPO, RejectionSampling, Reward
+from stagekit.adapters import DPO, ProcessReward, RejectionSampling, Reward
 from stagekit.errors import ConfigError, Interrupted, StageError
 from stagekit.groups import Generation, LoRA
 from stagekit.pipeline import to_plain
@@ -16,6 +16,7 @@ from stagekit.plan import plan
 from stagekit.stage import TrainingStage
 from tests.answers import by_length
 from tests.running import CrashError, crash_at, pipeline, run, same, stage
+from tests.trainers.test_process_reward import rule_rows
 
 
 Write = Callable[..., Path]
@@ -75,6 +76,22 @@ def test_a_reward_stage_scores_the_answers(
     model, tokenizer = load_reward_model(str(result["judge"].reward_model))
     [own] = score(model, tokenizer, [first["prompt"]], [first["completion"]])
     assert first["reward"] == pytest.approx(0.5 * own + len(first["completion"][0]["content"]), abs=1e-4)
+
+
+def test_a_process_reward_stage_scores_the_weakest_step_of_an_answer(
+    prompts: str, write_rows: Write, tiny_model_path: str, tmp_path: Path
+) -> None:
+    steps = str(write_rows(rule_rows(8, 0), "steps.jsonl"))
+    judge = stage("judge", steps, ProcessReward(step_separator=" "), max_steps=2, lora=LoRA(rank=4))
+    method = {"reward": "stage:judge", "min_reward": None}
+    result = run(tiny_model_path, tmp_path, judge, sampled("rs", prompts, method=method))
+    from stagekit.reward_models import load_process_reward_model
+    from stagekit.trainers.process_reward import score_steps
+
+    [first, *_] = rows(result["rs"].dataset("selected"))
+    model, tokenizer = load_process_reward_model(str(result["judge"].reward_model))
+    words = [one for one in first["completion"][0]["content"].split(" ") if one.strip()]
+    assert first["reward"] == pytest.approx(min(score_steps(model, tokenizer, first["prompt"], words)), abs=1e-5)
 
 
 def test_rounds_sample_from_the_model_of_the_round_before(prompts: str, tiny_model_path: str, tmp_path: Path) -> None:
@@ -274,15 +291,9 @@ def test_what_cannot_work_is_told_by_its_path(given: dict[str, Any], path: str, 
     assert [(one.path, message in one.message) for one in caught.value.problems] == [(path, True)]
 
 
-@pytest.mark.parametrize(
-    ("before", "message"),
-    [("sft", "it is a sft stage"), ("process_reward", "it is a process_reward stage")],
-)
-def test_only_an_outcome_reward_stage_can_score(
-    before: str, message: str, prompts: str, tiny_model_path: str, tmp_path: Path
-) -> None:
-    first = stage("first", prompts, before)
-    with pytest.raises(ConfigError, match=message):
+def test_a_stage_that_leaves_a_policy_cannot_score(prompts: str, tiny_model_path: str, tmp_path: Path) -> None:
+    first = stage("first", prompts, "sft")
+    with pytest.raises(ConfigError, match=r"it is a sft stage\); name a reward or process_reward stage"):
         pipeline(tiny_model_path, tmp_path, first, sampled("rs", prompts, method={"reward": "stage:first"}))
 
 
