@@ -78,15 +78,15 @@ def pipeline(
             missing_eos_penalty=1.0, kl_penalty_coefficient=0.02),
         training_data=prompts,
         validation_data=held_out,
-        evaluation_steps=16, early_stopping=None,
+        evaluation_steps=40, early_stopping=None,
         generation=Generation(max_new_tokens=40),
         lora=LoRA(**shape, merge=True),
         learning_rate=3e-4,
         use_mixed_precision=True, mixed_precision_dtype="bf16",
-        epochs=1, max_steps=16,
+        epochs=1, max_steps=40,
         batch_size=16,
         logging_steps=1,
-        checkpoint_save_steps=8,
+        checkpoint_save_steps=20,
         trl={"eval_on_start": True},
     )  # fmt: skip
     return TrainingPipeline(name="rlhf", model=model, output_dir=Path(output_dir), stages=(sft, reward, ppo))
