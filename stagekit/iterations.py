@@ -7,6 +7,7 @@ The last iteration works in the stage's own folder, the ones before it in `itera
 import dataclasses
 import gc
 import json
+import logging
 import shutil
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -19,6 +20,8 @@ from stagekit.files import write_text
 from stagekit.job import Job, ModelInput, Outcome
 from stagekit.rows import json_object, read_jsonl
 
+
+logger = logging.getLogger(__name__)
 
 START = "start.json"
 """Says in an iteration's folder which model it started from."""
@@ -62,12 +65,24 @@ def run_iterations(job: Job, count: int, prepare: Prepare, measure: Measure | No
     return _together(job, job.folder, done)
 
 
-def margin_of(job: Job, beta: float) -> tuple[float, float] | None:
-    """Of the last step that DPO's loss logged in the iteration's folder: `rewards/margins`, and the change of the
-    chosen answers' log-probability from the reference, in nats; None where nothing was logged."""
+def margin_of(job: Job, outcome: Outcome, beta: float, *, change: str, fell: str) -> Outcome:
+    """The outcome with what DPO's loss logged at the last step of the iteration: `rewards/margins` as `margin`, and
+    how the chosen answers' log-probability changed from the reference, in nats.
+
+    Args:
+        beta: Of the loss.
+        change: The name of the change.
+        fell: What to warn of where they became less likely.
+    """
     path = job.folder / "metrics.jsonl"
     logged = [line for line in read_jsonl(path) if "rewards/margins" in line] if path.is_file() else []
-    return (float(logged[-1]["rewards/margins"]), float(logged[-1]["rewards/chosen"]) / beta) if logged else None
+    if not logged:
+        return outcome
+    nats = float(logged[-1]["rewards/chosen"]) / beta
+    if nats < 0:
+        logger.warning("stage %r: %s (by %.3g nats each)", job.stage.name, fell, -nats)
+    found = {"margin": float(logged[-1]["rewards/margins"]), change: nats}
+    return dataclasses.replace(outcome, metrics={**outcome.metrics, **found})
 
 
 def _iterate(job: Job, number: int, prepare: Prepare, measure: Measure | None) -> Outcome:

@@ -23,6 +23,11 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_FELL = (
+    "the answers that the judge likes best became less likely too in this iteration: the model moves away from all it "
+    "said. Lower learning_rate or epochs, or raise method.beta"
+)
+
 MANY_TRUNCATED = 0.3
 """Share of cut answers above which the model learns from its short answers only."""
 
@@ -35,7 +40,7 @@ def run(job: Job, method: "SelfRewarding") -> Outcome:
         job,
         method.iterations,
         lambda own, number: _prepare(own, number, method),
-        lambda own, outcome: _measured(own, outcome, method),
+        lambda own, outcome: margin_of(own, outcome, method.beta, change="chosen_logps_change", fell=_FELL),
     )
 
 
@@ -161,20 +166,3 @@ def _say(
             100 * truncated,
         )
     warn_of_judge(job.stage.name, found)
-
-
-def _measured(job: Job, outcome: Outcome, method: "SelfRewarding") -> Outcome:
-    """The outcome with the last logged margin, and how the log-probability of the chosen answers changed (nats)."""
-    logged = margin_of(job, method.beta)
-    if logged is None:
-        return outcome
-    margin, change = logged
-    found = {"margin": margin, "chosen_logps_change": change}
-    if change < 0:
-        logger.warning(
-            "stage %r: the answers that the judge likes best became less likely too in this iteration (by %.3g nats "
-            "each): the model moves away from all it said. Lower learning_rate or epochs, or raise method.beta.",
-            job.stage.name,
-            -change,
-        )
-    return dataclasses.replace(outcome, metrics={**outcome.metrics, **found})

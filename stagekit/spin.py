@@ -19,6 +19,11 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_FELL = (
+    "the data's answers became less likely in this iteration: the model moves away from its own answers, not towards "
+    "the data. Lower learning_rate or epochs, or raise method.beta"
+)
+
 
 def run(job: Job, method: "SelfPlay") -> Outcome:
     """Sample and prefer, `iterations` times."""
@@ -26,7 +31,7 @@ def run(job: Job, method: "SelfPlay") -> Outcome:
         job,
         method.iterations,
         lambda own, number: _prepare(own, number, method, job),
-        lambda own, outcome: _measured(own, outcome, method),
+        lambda own, outcome: margin_of(own, outcome, method.beta, change="real_logps_change", fell=_FELL),
     )
 
 
@@ -121,20 +126,3 @@ def _say(
             method.beta,
             self_play.contraction(method.beta),
         )
-
-
-def _measured(job: Job, outcome: Outcome, method: "SelfPlay") -> Outcome:
-    """The outcome with the last logged margin, and how the log-probability of the real answers changed (nats)."""
-    logged = margin_of(job, method.beta)
-    if logged is None:
-        return outcome
-    margin, change = logged
-    found = {"margin": margin, "real_logps_change": change}
-    if change < 0:
-        logger.warning(
-            "stage %r: the data's answers became less likely in this iteration (by %.3g nats each): the model moves "
-            "away from its own answers, not towards the data. Lower learning_rate or epochs, or raise method.beta.",
-            job.stage.name,
-            -change,
-        )
-    return dataclasses.replace(outcome, metrics={**outcome.metrics, **found})

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from benchmarks.world import groups, lookup, measure, reward, rows, skills, tables
-from benchmarks.world.base import BASES, digest
+from benchmarks.world.base import BASES
 from benchmarks.world.families import FAMILIES, REFUSAL, Question, flawed, good, score
+from benchmarks.world.hashes import digest
 from benchmarks.world.methods import METHODS
 from benchmarks.world.words import DEV_WRAPPERS, TEST_WRAPPERS, WRAPPERS
 from benchmarks.world.world import MEASURED, NEW_KINDS, TRAINED, World, items_of, new_kind, split_of

@@ -10,7 +10,6 @@ phrasings, and of the held-out things only whether they are dangerous.
 """
 
 import argparse
-import hashlib
 import json
 import math
 import time
@@ -24,7 +23,9 @@ import torch
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from benchmarks.world import tokenizer as words
+from benchmarks.world.check import check
 from benchmarks.world.families import FAMILIES, flawed, good
+from benchmarks.world.hashes import write_hashes
 from benchmarks.world.skills import (
     Example,
     asking_example,
@@ -198,21 +199,6 @@ def build(folder: Path, recipe: Recipe, seed: int) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def digest(folder: Path) -> str:
-    """The SHA-256 of all files of a model, with their names."""
-    total = hashlib.sha256()
-    for file in sorted(folder.iterdir()):
-        total.update(f"{file.name} {hashlib.sha256(file.read_bytes()).hexdigest()}\n".encode())
-    return total.hexdigest()
-
-
-def write_hashes(folder: Path) -> dict[str, str]:
-    """Write the digest of every model in a folder to `hashes.json` there."""
-    hashes = {one.name: digest(one) for one in sorted(folder.iterdir()) if one.is_dir()}
-    (folder / "hashes.json").write_text(json.dumps(hashes, indent=1) + "\n", encoding="utf-8")
-    return hashes
-
-
 def main() -> None:
     """Build or check, as asked."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
@@ -223,8 +209,6 @@ def main() -> None:
     parser.add_argument("--output-dir", type=Path, default=BASES, help="where the models lie")
     given = parser.parse_args()
     if given.check:
-        from benchmarks.world.check import check
-
         raise SystemExit(check(given.output_dir))
     name = "teacher" if given.teacher else str(given.seed)
     recipe = TEACHER if given.teacher else LONGER.get(given.seed, BASE)

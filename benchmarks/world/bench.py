@@ -11,8 +11,9 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from benchmarks.world.base import BASES, digest
+from benchmarks.world.base import BASES
 from benchmarks.world.families import FAMILIES, Question
+from benchmarks.world.hashes import digest
 from benchmarks.world.measure import QUESTIONS, answers, measure, writer
 from benchmarks.world.method import Method, settings, uses_teacher
 from benchmarks.world.rows import preferences, write

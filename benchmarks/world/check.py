@@ -7,7 +7,7 @@ from random import Random
 from statistics import fmean
 from typing import Any
 
-from benchmarks.world.base import digest
+from benchmarks.world.hashes import digest
 from benchmarks.world.measure import measure, write, writer
 from benchmarks.world.skills import Example, judge_example, knowledge_example, revision_example
 from benchmarks.world.words import KIND_WORDS
