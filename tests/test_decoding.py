@@ -10,10 +10,14 @@ from transformers import (
     GenerationConfig,
     GPT2Config,
     GPT2LMHeadModel,
+    LogitsProcessorList,
     MistralConfig,
     MistralForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
 )
 
 from stagekit.decoding import SPARE_TOKENS, can_decode, decode
@@ -82,6 +86,29 @@ def test_the_tokens_are_those_of_generate(kind: str, sampling: Sampling, tiny_mo
     expected = theirs(model, PROMPTS, 40, sampling, eos)
     assert len({len(row) for row in expected}) > 1
     assert ours(model, PROMPTS, 40, sampling, eos) == expected
+
+
+@pytest.mark.parametrize(
+    "sampling", [Sampling(1.0), Sampling(0.5), Sampling(1.0, top_k=3), Sampling(1.0, top_p=0.5)], ids=str
+)
+def test_tokens_are_drawn_as_often_as_they_are_likely(sampling: Sampling) -> None:
+    torch.manual_seed(0)
+    model = MODELS["gpt2"]().eval()
+    with torch.no_grad():
+        model.transformer.wte.weight.mul_(6)  # some tokens are likely, most are not
+        logits = model(torch.tensor([[5, 6, 7]])).logits[:, -1]
+    warpers = [TemperatureLogitsWarper(sampling.temperature), TopPLogitsWarper(sampling.top_p)]
+    warpers += [TopKLogitsWarper(sampling.top_k)] if sampling.top_k else []
+    chances = LogitsProcessorList(warpers)(None, logits).softmax(-1)[0]
+    draws = 8000
+    tokens = torch.tensor(ours(model, [[5, 6, 7]] * draws, 1, sampling, set())).flatten()
+    counts = torch.bincount(tokens, minlength=len(chances)).float()
+    assert counts[chances == 0].sum() == 0
+    expected = draws * chances
+    likely = expected > 10
+    assert likely.sum() >= 2
+    deviations = (counts - expected)[likely] / (expected * (1 - chances))[likely].clamp(min=1e-6).sqrt()
+    assert deviations.abs().max() < 4.5
 
 
 def test_a_cache_that_outgrows_its_room_is_the_same_cache(tiny_model: Any) -> None:
