@@ -14,6 +14,7 @@ from stagekit.errors import ConfigError
 from stagekit.plan import plan
 from stagekit.recipes import held_out, rlhf, rlvr
 from stagekit.recipes.launch import launch
+from stagekit.recipes.shipped import LIST
 from stagekit.result import StageResult
 from tests.test_recipes import RECIPES, needs_smollm2
 
@@ -79,12 +80,12 @@ def test_the_smoke_file_runs(
 
 def test_the_rule_is_met_by_what_the_pairs_prefer_and_not_by_the_others() -> None:
     for row in rows("lists_pairs.jsonl"):
-        assert re.fullmatch(rlvr.RULE, row["chosen"][0]["content"])
-        assert not re.fullmatch(rlvr.RULE, row["rejected"][0]["content"])
+        assert re.fullmatch(LIST, row["chosen"][0]["content"])
+        assert not re.fullmatch(LIST, row["rejected"][0]["content"])
 
 
 def test_the_demonstrations_are_of_both_kinds() -> None:
-    right = [bool(re.fullmatch(rlvr.RULE, row["completion"][0]["content"])) for row in rows("lists_sft.jsonl")]
+    right = [bool(re.fullmatch(LIST, row["completion"][0]["content"])) for row in rows("lists_sft.jsonl")]
     assert 0.25 < sum(right) / len(right) < 0.75
 
 

