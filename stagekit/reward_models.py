@@ -136,8 +136,8 @@ def score(
     rows = [reward_ids(tokenizer, *pair) for pair in zip(prompts, completions, strict=True)]
     rewards: list[float | None] = [None] * len(rows)
     fitting = [index for index, row in enumerate(rows) if row and (limit is None or len(row) <= limit)]
-    with _reading(model):
-        for batch in _batches(fitting, rows, batch_tokens):
+    with reading(model):
+        for batch in token_batches(fitting, rows, batch_tokens):
             for index, reward in zip(batch, _score_batch(model, [rows[index] for index in batch], pad), strict=True):
                 if not math.isfinite(reward):
                     raise StageError(f"the reward model scores completion {index} with {reward}")
@@ -374,7 +374,7 @@ def _turns(text: Text | None, role: str) -> list[Mapping[str, Any]]:
     return [{"role": role, "content": text}] if isinstance(text, str) else list(text)
 
 
-def _batches(indices: Sequence[int], rows: Sequence[Sequence[int]], batch_tokens: int) -> Iterator[list[int]]:
+def token_batches(indices: Sequence[int], rows: Sequence[Sequence[int]], batch_tokens: int) -> Iterator[list[int]]:
     """The rows, longest first, in batches of at most `batch_tokens` with their padding."""
     batch: list[int] = []
     for index in sorted(indices, key=lambda index: -len(rows[index])):
@@ -386,12 +386,18 @@ def _batches(indices: Sequence[int], rows: Sequence[Sequence[int]], batch_tokens
         yield batch
 
 
-def _score_batch(model: Any, rows: Sequence[Sequence[int]], pad: int) -> list[float]:
+def padded_logits(model: Any, rows: Sequence[Sequence[int]], pad: int) -> torch.Tensor:
+    """What the model gives for rows of token ids, padded on the right: (B, labels) or (B, T, labels)."""
     width = max(len(row) for row in rows)
     device = next(model.parameters()).device
     ids = torch.tensor([[*row, *[pad] * (width - len(row))] for row in rows], device=device)
     mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=device)
-    logits: torch.Tensor = model(input_ids=ids, attention_mask=mask, use_cache=False).logits  # (B, 1)
+    logits: torch.Tensor = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+    return logits
+
+
+def _score_batch(model: Any, rows: Sequence[Sequence[int]], pad: int) -> list[float]:
+    logits = padded_logits(model, rows, pad)
     if logits.shape != (len(rows), 1):
         raise ConfigError(f"the model gives {tuple(logits.shape)} logits for {len(rows)} rows; a reward is one number")
     return [float(value) for value in logits[:, 0].float().tolist()]
@@ -410,7 +416,7 @@ def without_autocast(model: Any) -> Iterator[None]:
 
 
 @contextmanager
-def _reading(model: Any) -> Iterator[None]:
+def reading(model: Any) -> Iterator[None]:
     """Evaluation mode without gradients, and afterwards the mode each module was in."""
     modes = {module: module.training for module in model.modules()}
     model.eval()

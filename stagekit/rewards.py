@@ -178,29 +178,31 @@ class ProcessReward(_OfModel):
     Args:
         source: A folder or hub id that `load_process_reward_model` takes.
         name: Under which its rewards are logged.
+        batch_tokens: Padded size of a batch.
         device_map: As of `ModelReward`.
 
     Source: huggingface.co/papers/2305.20050, section 2.6, which multiplies the steps instead of taking the least.
     """
 
-    def __init__(self, source: str | Path, *, name: str | None = None, device_map: Any = None) -> None:
+    def __init__(
+        self, source: str | Path, *, name: str | None = None, batch_tokens: int = 16384, device_map: Any = None
+    ) -> None:
         from stagekit.reward_models import load_process_reward_model
 
         self.model, self.tokenizer = load_process_reward_model(str(source), device_map=device_map or {"": _device()})
         self.separator = getattr(self.model.config, "step_separator", "\n")
+        self.batch_tokens = batch_tokens
         self.__name__ = name or Path(source).name
 
     def scores(self, prompts: Sequence[Any], completions: Sequence[Any]) -> list[float | None]:
         """The probability of the weakest step of each completion; 0 for one without a step, None for one that does
         not fit in the model's context."""
-        return [self._weakest(*row) for row in zip(prompts, completions, strict=True)]
-
-    def _weakest(self, prompt: Any, completion: Any) -> float | None:
         from stagekit.trainers.process_reward import chances_of_steps
 
-        steps = [step for step in text_of(completion).split(self.separator) if step.strip()]
-        found = chances_of_steps(self.model, self.tokenizer, prompt, steps, self.separator) if steps else [0.0]
-        return None if found is None else min(found)
+        texts = map(text_of, completions)
+        steps = [[step for step in text.split(self.separator) if step.strip()] for text in texts]
+        found = chances_of_steps(self.model, self.tokenizer, prompts, steps, self.separator, self.batch_tokens)
+        return [None if chances is None else min(chances, default=0.0) for chances in found]
 
 
 def text_of(completion: Any) -> str:

@@ -6,6 +6,7 @@ B batch, T tokens, K kinds of a step (0 incorrect, 1 correct).
 import copy
 import json
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +24,7 @@ from transformers import (
 )
 
 from stagekit.errors import ConfigError, StageError
-from stagekit.reward_models import BESIDE_ADAPTER, silent_report
+from stagekit.reward_models import BESIDE_ADAPTER, padded_logits, reading, silent_report, token_batches
 
 
 logger = logging.getLogger(__name__)
@@ -314,7 +315,7 @@ def score_steps(
         StageError: the steps are longer than the model's context.
     """
     separator = step_separator if step_separator is not None else getattr(model.config, "step_separator", "\n")
-    chances = chances_of_steps(model, tokenizer, prompt, steps, separator)
+    [chances] = chances_of_steps(model, tokenizer, [prompt], [steps], separator)
     if chances is None:
         tokens = len(step_ids(tokenizer, prompt, steps, separator)[0])
         raise StageError(f"prompt and steps have {tokens} tokens, more than the model's context of {_context(model)}")
@@ -322,22 +323,33 @@ def score_steps(
 
 
 def chances_of_steps(
-    model: Any, tokenizer: Any, prompt: str | Sequence[Mapping[str, Any]], steps: Sequence[str], step_separator: str
-) -> list[float] | None:
-    """`score_steps`; None where prompt and steps are longer than the model's context."""
-    ids, ends = step_ids(tokenizer, prompt, steps, step_separator)
-    context = _context(model)
-    if context is not None and len(ids) > context:
-        return None
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            logits = model(input_ids=torch.tensor([ids], device=next(model.parameters()).device)).logits
-    finally:
-        model.train(was_training)
-    chances: list[float] = logits[0, ends].float().softmax(-1)[:, 1].tolist()
-    return chances
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[str | Sequence[Mapping[str, Any]]],
+    answers: Sequence[Sequence[str]],
+    step_separator: str,
+    batch_tokens: int = 16384,
+) -> list[list[float] | None]:
+    """`score_steps` of many answers, in length-sorted batches of so many padded tokens; None for one that is longer
+    than the model's context.
+
+    Raises:
+        StageError: the model gives something that is no finite number.
+    """
+    laid_out = [step_ids(tokenizer, *pair, step_separator) for pair in zip(prompts, answers, strict=True)]
+    rows, context = [ids for ids, _ in laid_out], _context(model)
+    fitting = [index for index, row in enumerate(rows) if context is None or len(row) <= context]
+    found: list[list[float] | None] = [None] * len(rows)
+    pad = tokenizer.pad_token_id or 0  # masked, and on the right, where no step looks
+    with reading(model):
+        for batch in token_batches(fitting, rows, batch_tokens):
+            logits = padded_logits(model, [rows[index] for index in batch], pad)  # (B, T, 2)
+            for row, index in enumerate(batch):
+                chances = logits[row, laid_out[index][1]].float().softmax(-1)[:, 1].tolist()
+                if not all(map(math.isfinite, chances)):
+                    raise StageError(f"the reward model scores the steps of answer {index} with {chances}")
+                found[index] = chances
+    return found
 
 
 def _context(model: Any) -> int | None:

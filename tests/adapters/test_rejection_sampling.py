@@ -91,7 +91,8 @@ def test_a_process_reward_stage_scores_the_weakest_step_of_an_answer(
     [first, *_] = rows(result["rs"].dataset("selected"))
     model, tokenizer = load_process_reward_model(str(result["judge"].reward_model))
     words = [one for one in first["completion"][0]["content"].split(" ") if one.strip()]
-    assert first["reward"] == pytest.approx(min(score_steps(model, tokenizer, first["prompt"], words)), abs=1e-5)
+    asked = first["prompt"][-1]["content"]  # a text in the data, so a text for the reward model
+    assert first["reward"] == pytest.approx(min(score_steps(model, tokenizer, asked, words)), abs=1e-5)
 
 
 def test_rounds_sample_from_the_model_of_the_round_before(prompts: str, tiny_model_path: str, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """The process reward trainer: TRL 1.12's numbers, a rule that it learns, accumulation, adapters, saving, bad input."""
 
+import math
 import random
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from transformers import AutoModelForTokenClassification, AutoTokenizer
 from stagekit.errors import ConfigError, StageError
 from stagekit.models import bnb_config
 from stagekit.reward_models import load_process_reward_model, merge_reward_adapter
+from stagekit.rewards import ProcessReward
 from stagekit.trainers.process_reward import (
     ProcessRewardConfig,
     ProcessRewardTrainer,
@@ -115,6 +117,25 @@ def test_it_learns_a_rule_saves_it_and_scores_as_before(tmp_path: Path, tiny_mod
     assert trained[0] > 0.5 > trained[1]
     for again in (model, plain.eval()):
         assert score_steps(again, tokenizer, "Tell of bread.\n", steps) == pytest.approx(trained, abs=1e-6)
+
+
+def test_answers_are_scored_in_batches_as_one_by_one(tiny_model_path: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = AutoModelForTokenClassification.from_pretrained(tiny_model_path, num_labels=2)
+    model.save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(tiny_model_path).save_pretrained(tmp_path)
+    reward = ProcessReward(str(tmp_path), batch_tokens=64)
+    talk = [{"role": "user", "content": "2+2?"}]
+    answers = ["2+2=4\nso 4", "no", "\n \n", "4\n" * 2000, "a word\n" * 9 + "and the last one of them"]
+    found = reward.scores([talk] * 5, answers)
+    assert found[2:4] == [0.0, None]  # without a step, and longer than the context
+    for place in (0, 1, 4):
+        steps = [one for one in answers[place].split("\n") if one]
+        assert found[place] == pytest.approx(min(score_steps(reward.model, reward.tokenizer, talk, steps)), abs=1e-5)
+    with torch.no_grad():
+        reward.model.score.weight.fill_(math.nan)
+    with pytest.raises(StageError, match="scores the steps of answer"):
+        reward.scores([talk], ["so 4"])
 
 
 def test_a_steps_score_does_not_depend_on_later_steps(tiny_model_path: str) -> None:
