@@ -4,7 +4,8 @@ import asyncio
 import inspect
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -75,7 +76,7 @@ class FunctionScorer:
         watched = as_reward(self.function)
         watched.__name__ = function_name(self.function)
         given = watched(prompts=list(prompts), completions=answers, **{**self._wanted(columns), **self.options})
-        return asyncio.run(given) if inspect.iscoroutine(given) else given
+        return _waited_for(given) if inspect.iscoroutine(given) else given
 
     def _wanted(self, columns: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:
         parameters = inspect.signature(self.function).parameters.values()
@@ -182,6 +183,12 @@ def scorer_from(reward: Any) -> Scorer:
     raise ConfigError(
         f"a reward is a function, 'package.module:function', a reward model's path, or a list of those, not {reward!r}"
     )
+
+
+def _waited_for(rewards: Coroutine[Any, Any, list[float | None]]) -> list[float | None]:
+    """The result of a coroutine; in a thread of its own, since a notebook's thread has a loop that runs already."""
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        return pool.submit(asyncio.run, rewards).result()
 
 
 def _like(prompt: Prompt, text: str) -> str | list[Message]:

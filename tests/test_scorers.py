@@ -1,5 +1,6 @@
 """Rewards of answers: functions with TRL's signature, reward models, weighted sums, and what stops a run."""
 
+import asyncio
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +87,13 @@ def test_a_coroutine_function_is_waited_for() -> None:
     async def later(prompts: list[Any], completions: list[Any], base: float, **columns: Any) -> list[float]:
         return [base + len(one) for one in completions]
 
-    assert FunctionScorer(later, {"base": 1.0}).score(["Q", "R"], ["a", "bc"], {"base": [7, 7]}) == [2.0, 3.0]
+    def scored() -> list[float | None]:
+        return FunctionScorer(later, {"base": 1.0}).score(["Q", "R"], ["a", "bc"], {"base": [7, 7]})
+
+    async def in_a_notebook() -> list[float | None]:
+        return scored()
+
+    assert scored() == asyncio.run(in_a_notebook()) == [2.0, 3.0]
 
 
 def test_tensors_and_booleans_are_numbers() -> None:
