@@ -24,7 +24,7 @@ check: setup
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
-	$(RUN) -m pytest --collect-only --quiet --quiet > /dev/null  # every test file imports
+	@echo "every test file imports"; said=$$($(RUN) -m pytest --collect-only --quiet) || { echo "$$said"; exit 1; }
 
 docs: setup
 	$(RUN) -m stagekit.parity
