@@ -118,27 +118,32 @@ def become(user: int) -> None:
 
 
 def build_files(root: str, folders: list[str], megabytes: int) -> None:
-    """Make `root` the file system: the interpreter's libraries, read only, and an empty /tmp of limited size.
+    """Make `root` the file system: the interpreter's libraries, read only, and a /tmp of limited size with nothing in it
+    but those that lie there.
 
     Raises:
         OSError: the kernel refuses a part.
     """
     called("mount", b"none", b"/", None, _MS_REC | _MS_PRIVATE, None)
     called("mount", b"tmpfs", root.encode(), b"tmpfs", _MS_NOSUID | _MS_NODEV, b"size=4m,mode=0755")
+    in_tmp = [folder for folder in folders if Path("/tmp") in Path(folder).parents]  # where an environment may lie
     for folder in folders:
-        _shown(root, folder)
+        if folder not in in_tmp:
+            _shown(root, folder)
     for device in _DEVICES:
         target = Path(root + device)
         target.parent.mkdir(exist_ok=True)
         target.touch()
         called("mount", device.encode(), str(target).encode(), None, _MS_BIND, None)
-    Path(root, "etc").mkdir()
+    Path(root, "etc").mkdir(exist_ok=True)
     if Path("/etc/ld.so.cache").is_file():
         Path(root, "etc/ld.so.cache").write_bytes(Path("/etc/ld.so.cache").read_bytes())
-    Path(root, "tmp").mkdir()
+    Path(root, "tmp").mkdir(exist_ok=True)
     _read_only(root, recursive=False)
     limits = f"size={megabytes}m,nr_inodes={megabytes * 64},mode=1777".encode()
     called("mount", b"tmpfs", f"{root}/tmp".encode(), b"tmpfs", _MS_NOSUID | _MS_NODEV, limits)
+    for folder in in_tmp:
+        _shown(root, folder)
     os.chroot(root)  # and no pivot_root: in a changed root the kernel gives out no further namespace of users
     os.chdir("/tmp")
 

@@ -58,6 +58,19 @@ def test_installed_packages_are_there_where_they_are_asked_for() -> None:
     assert count(code) == 0
 
 
+def test_packages_below_tmp_are_there_beside_the_code_s_own_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    installed = tmp_path / "site-packages"
+    installed.mkdir(mode=0o755)
+    (installed / "only_here.py").write_text("two = 2\n")
+    monkeypatch.syspath_prepend(installed)
+    code = f"import only_here\nassert only_here.two == 2\nopen('/tmp/x', 'w').write('x')\n{RIGHT}"
+    assert passed([code], [TESTS], Limits(10, 120, 2048, 16, 16), packages=True) == [2]
+    code = f"import only_here\nopen(only_here.__file__, 'w')\n{RIGHT}"
+    assert passed([code], [TESTS], Limits(10, 120, 2048, 16, 16), packages=True) == [0]
+
+
 HARMLESS = {
     "what a script does": "if __name__ == '__main__':\n    raise SystemExit\n",
     "threads": "import threading\nthread = threading.Thread(target=print)\nthread.start()\nthread.join()\n",
