@@ -118,8 +118,8 @@ def become(user: int) -> None:
 
 
 def build_files(root: str, folders: list[str], megabytes: int) -> None:
-    """Make `root` the file system: the interpreter's libraries, read only, and a /tmp of limited size with nothing in it
-    but those that lie there.
+    """Make `root` the file system: the interpreter's libraries, read only, and a /tmp of limited size with nothing
+    in it but those that lie there.
 
     Raises:
         OSError: the kernel refuses a part.
