@@ -1,6 +1,6 @@
 """What stagekit does on a GPU: small stages of every kind, kill and resume, and what a few things cost there.
 
-    python -m benchmarks.gpu PART ... [--out FILE] [--device cpu]
+    python -m benchmarks.gpu PART ... [--out FILE]
 
 Seconds are wall seconds between synchronisations of the device; the sides of a comparison take turns. Memory is the
 peak that torch allocated. Prints one JSON object per finding, and appends it to FILE.
@@ -40,7 +40,6 @@ BF16 = {"use_mixed_precision": True, "mixed_precision_dtype": "bf16"}
 FP16 = {"use_mixed_precision": True, "mixed_precision_dtype": "fp16"}
 TF32 = {"use_mixed_precision": True, "mixed_precision_dtype": "tf32"}
 LORA = {"rank": 8, "alpha": 16, "dropout": 0.0}
-WHERE = {"cpu": torch.device("cpu")}
 
 
 def sft(**options: Any) -> dict[str, Any]:
@@ -142,7 +141,7 @@ def words(texts: int, width: int, blocks: int) -> Any:
 
 def device() -> torch.device:
     """Where things are measured."""
-    return WHERE["cpu"] if not torch.cuda.is_available() else torch.device("cuda")
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def wait() -> None:
@@ -403,27 +402,21 @@ def main() -> None:
         for part in given.parts:
             own = folder / part
             own.mkdir()
-            for found in (
-                ({"part": part, **machine()}, *PARTS[part](path, own))
-                if given.out is None
-                else _kept(given.out, part, path, own)
-            ):
+            for found in findings(part, path, own):
                 print(json.dumps(found), flush=True)
+                if given.out is not None:
+                    with given.out.open("a") as file:
+                        file.write(json.dumps(found) + "\n")
 
 
-def _kept(out: Path, part: str, path: str, folder: Path) -> Iterator[dict[str, Any]]:
-    """The findings of a part, each written down as it comes."""
-    with out.open("a") as file:
-        for found in [{"part": part, **machine()}]:
-            print(json.dumps(found), file=file, flush=True)
-            yield found
-        try:
-            for found in PARTS[part](path, folder):
-                print(json.dumps(found), file=file, flush=True)
-                yield found
-        except Exception:
-            print(json.dumps({"part": part, "error": traceback.format_exc()[-2500:]}), file=file, flush=True)
-            raise
+def findings(part: str, path: str, folder: Path) -> Iterator[dict[str, Any]]:
+    """The machine, and what a part finds; what ends the part is a finding too, and then raised."""
+    yield {"part": part, **machine()}
+    try:
+        yield from PARTS[part](path, folder)
+    except Exception:
+        yield {"part": part, "error": traceback.format_exc()[-2500:]}
+        raise
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from stagekit.errors import ConfigError, StageError
 from stagekit.files import whole_folder
 from stagekit.merging import ROUNDING_TOLERANCE, fixed_logits
 from stagekit.models import adapter_base, load_tokenizer
+from stagekit.reading import context_length, padded_logits, reading, token_batches
 from stagekit.rows import json_object
 
 
@@ -127,8 +128,7 @@ def score(
     if len(prompts) != len(completions):
         raise ConfigError(f"{len(prompts)} prompts and {len(completions)} completions; each completion needs its own")
     config = model.config.get_text_config()
-    context = getattr(config, "max_position_embeddings", None)
-    limit = min((size for size in (max_length, context) if size is not None), default=None)
+    limit = min((size for size in (max_length, context_length(model)) if size is not None), default=None)
     pad = config.pad_token_id if config.pad_token_id is not None else tokenizer.pad_token_id
     if pad is None:
         raise ConfigError("neither the reward model nor its tokenizer has a padding token; set tokenizer.pad_token")
@@ -374,28 +374,6 @@ def _turns(text: Text | None, role: str) -> list[Mapping[str, Any]]:
     return [{"role": role, "content": text}] if isinstance(text, str) else list(text)
 
 
-def token_batches(indices: Sequence[int], rows: Sequence[Sequence[int]], batch_tokens: int) -> Iterator[list[int]]:
-    """The rows, longest first, in batches of at most `batch_tokens` with their padding."""
-    batch: list[int] = []
-    for index in sorted(indices, key=lambda index: -len(rows[index])):
-        if batch and (len(batch) + 1) * len(rows[batch[0]]) > batch_tokens:
-            yield batch
-            batch = []
-        batch.append(index)
-    if batch:
-        yield batch
-
-
-def padded_logits(model: Any, rows: Sequence[Sequence[int]], pad: int) -> torch.Tensor:
-    """What the model gives for rows of token ids, padded on the right: (B, labels) or (B, T, labels)."""
-    width = max(len(row) for row in rows)
-    device = next(model.parameters()).device
-    ids = torch.tensor([[*row, *[pad] * (width - len(row))] for row in rows], device=device)
-    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=device)
-    logits: torch.Tensor = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-    return logits
-
-
 def _score_batch(model: Any, rows: Sequence[Sequence[int]], pad: int) -> list[float]:
     logits = padded_logits(model, rows, pad)
     if logits.shape != (len(rows), 1):
@@ -413,19 +391,6 @@ def without_autocast(model: Any) -> Iterator[None]:
     finally:
         if forward is not None:
             model.forward = forward
-
-
-@contextmanager
-def reading(model: Any) -> Iterator[None]:
-    """Evaluation mode without gradients, and afterwards the mode each module was in."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 @contextmanager

@@ -21,9 +21,10 @@ from stagekit.job import Job
 from stagekit.measures import text_metrics_of
 from stagekit.metrics import Judge, bleu, rouge, token_f1, win_rate
 from stagekit.options import function_name
+from stagekit.reading import context_length
 from stagekit.requests import Message, Request, Sampling, plan_batches
-from stagekit.rewards import Watched
 from stagekit.rows import as_messages
+from stagekit.scorers import FunctionScorer
 
 
 Score = Callable[[Sequence[Any], Sequence[str]], Sequence[float]]
@@ -288,13 +289,12 @@ def _scorer(job: Job, options: TextMetrics, asked: Sequence[Question]) -> Score 
 
 
 def _by_function(function: Callable[..., Any], name: str) -> Score:
-    watched = Watched(function, name)
+    scorer = FunctionScorer(function)
 
     def score(prompts: Sequence[Any], answers: Sequence[str]) -> list[float]:
         talks = not isinstance(prompts[0], str)
-        completions = [[{"role": "assistant", "content": one}] for one in answers] if talks else list(answers)
         given = [[dict(turn) for turn in prompt] for prompt in prompts] if talks else list(prompts)
-        found = watched(prompts=given, completions=completions)
+        found = scorer.score(given, answers, {})
         known = [value for value in found if value is not None]
         if len(known) < len(found):
             raise StageError(
@@ -328,7 +328,7 @@ def _check_context(model: Any, tokenizer: Any, asked: Sequence[Question], max_ne
     """Every prompt leaves room for an answer and its reference, so that no training ends at an answer too long."""
     from stagekit.reward_models import reward_ids
 
-    context: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    context = context_length(model)
     if context is None:
         return
     for question in asked:

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,17 @@ from stagekit.ranks import leave, rank
 
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclass(frozen=True)
+class Launched:
+    """Stages run by two processes, and the same stages run by one with batches twice as large."""
+
+    folder: Path
+
+    def both(self, name: str) -> tuple[Path, Path]:
+        first, second = (next((self.folder / where).glob(f"*-{name}")) for where in ("together", "alone"))
+        return first, second
 
 
 def _note(what: str) -> None:

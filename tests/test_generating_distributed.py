@@ -4,7 +4,6 @@ import json
 import os
 import signal
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ import yaml
 from stagekit import TrainingPipeline
 from stagekit.journal import JOURNALS, Journal
 from tests.conftest import QUESTIONS_AND_ANSWERS
-from tests.launched import torchrun
+from tests.launched import Launched, torchrun
 from tests.running import account, losses, pipeline, run, stage, weights
 from tests.test_isolation import Parent, finish
 from tests.test_launches import ranks_of
@@ -50,17 +49,6 @@ STAGES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 TRAINS = [name for name in STAGES if name not in ("feedback", "synthetic")]
 LONG = {"max_new_tokens": 12, "temperature": 1.5, "batch_tokens": 300}
-
-
-@dataclass(frozen=True)
-class Launched:
-    """Stages run by two processes, and the same stages run by one with batches twice as large."""
-
-    folder: Path
-
-    def both(self, name: str) -> tuple[Path, Path]:
-        first, second = (next((self.folder / where).glob(f"*-{name}")) for where in ("together", "alone"))
-        return first, second
 
 
 def declared(model: str, folder: Path, batch: int, rows: str, **more: Any) -> TrainingPipeline:

@@ -12,7 +12,7 @@ import torch
 
 from stagekit import TrainingPipeline
 from tests.conftest import QUESTIONS_AND_ANSWERS
-from tests.launched import torchrun
+from tests.launched import Launched, torchrun
 from tests.running import account, losses, pipeline, stage, weights
 
 
@@ -60,14 +60,8 @@ SAMPLING = [name for name in STAGES if name != "rm"]
 
 
 @dataclass(frozen=True)
-class Launched:
-    """Stages run by two processes, and the same stages run by one with batches twice as large."""
-
-    folder: Path
-
-    def both(self, name: str) -> tuple[Path, Path]:
-        first, second = (next((self.folder / where).glob(f"*-{name}")) for where in ("together", "alone"))
-        return first, second
+class Sampled(Launched):
+    """They note what they sample."""
 
     def notes(self, name: str, of: str) -> list[Any]:
         """What the processes of a launch noted, each call of all of them as one."""
@@ -95,13 +89,13 @@ def declared(model: str, folder: Path, batch: int, rows: dict[str, str], **more:
 
 
 @pytest.fixture(scope="module")
-def launched(tmp_path_factory: pytest.TempPathFactory, tiny_model_path: str) -> Launched:
+def launched(tmp_path_factory: pytest.TempPathFactory, tiny_model_path: str) -> Sampled:
     folder = tmp_path_factory.mktemp("launched")
     rows = written(folder)
     split = declared(tiny_model_path, folder / "together", 4, rows, distributed_strategy="ddp")
     torchrun(folder, split, NOTES=str(folder / "split"))
     torchrun(folder, declared(tiny_model_path, folder / "alone", 8, rows), processes=1, NOTES=str(folder / "whole"))
-    return Launched(folder)
+    return Sampled(folder)
 
 
 def written(folder: Path) -> dict[str, str]:
@@ -127,7 +121,7 @@ def completions(folder: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("name", [name for name in SAMPLING if name != "rloo"])
-def test_two_processes_sample_and_score_what_one_does(name: str, launched: Launched) -> None:
+def test_two_processes_sample_and_score_what_one_does(name: str, launched: Sampled) -> None:
     together, alone = (completions(folder) for folder in launched.both(name))
     assert len(together) == len(alone) > 0
     for ours, theirs in zip(together, alone, strict=True):
@@ -138,35 +132,35 @@ def test_two_processes_sample_and_score_what_one_does(name: str, launched: Launc
 
 
 @pytest.mark.parametrize("of", ["prompts", "completions", "rewards", "advantages"])
-def test_two_processes_sample_and_score_what_one_does_in_rloo(of: str, launched: Launched) -> None:
+def test_two_processes_sample_and_score_what_one_does_in_rloo(of: str, launched: Sampled) -> None:
     together, alone = launched.notes("split", of), launched.notes("whole", of)
     assert len(together) == 3
     for ours, theirs in zip(together, alone, strict=True):
         assert ours == (theirs if isinstance(ours[0], str) else pytest.approx(theirs, abs=1e-4))
 
 
-def test_a_reward_function_is_called_with_the_share_of_each_process(launched: Launched) -> None:
+def test_a_reward_function_is_called_with_the_share_of_each_process(launched: Sampled) -> None:
     for rank in (0, 1):
         told = [json.loads(line) for line in (launched.folder / f"split-{rank}.jsonl").read_text().splitlines()]
         assert [len(one["rewards"]) for one in told if "rewards" in one] == [4, 4, 4]
 
 
 @pytest.mark.parametrize("name", SAMPLING)
-def test_two_processes_have_the_losses_of_one(name: str, launched: Launched) -> None:
+def test_two_processes_have_the_losses_of_one(name: str, launched: Sampled) -> None:
     together, alone = launched.both(name)
     assert losses(together) == pytest.approx(losses(alone), abs=CLOSE)
     assert len(losses(together)) == account(together)["steps"] == account(alone)["steps"] == 6
 
 
 @pytest.mark.parametrize("name", SAMPLING)
-def test_two_processes_end_with_the_weights_of_one(name: str, launched: Launched) -> None:
+def test_two_processes_end_with_the_weights_of_one(name: str, launched: Sampled) -> None:
     together, alone = (weights(folder / "policy") for folder in launched.both(name))
     assert together.keys() == alone.keys()
     for key, tensor in alone.items():
         torch.testing.assert_close(together[key], tensor, atol=CLOSE, rtol=0)
 
 
-def test_an_evaluation_is_of_the_rows_of_all_processes(launched: Launched) -> None:
+def test_an_evaluation_is_of_the_rows_of_all_processes(launched: Sampled) -> None:
     together, alone = (account(folder)["metrics"] for folder in launched.both("online"))
     assert together["eval_reward"] == pytest.approx(alone["eval_reward"], abs=CLOSE)
     assert together["eval_loss"] == pytest.approx(alone["eval_loss"], abs=CLOSE)

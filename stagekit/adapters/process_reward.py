@@ -53,15 +53,11 @@ class ProcessReward(Scoring):
 
     def scores(self, job: "Job", rows: Sequence[Any], model: Any, tokenizer: Any) -> list[float | None]:
         """How likely each step is correct; rows longer than the model's context are left out."""
-        from stagekit.trainers.process_reward import score_steps, step_ids
+        from stagekit.trainers.process_reward import chances_of_steps
 
-        context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        found: list[float | None] = []
-        for row in rows:
-            ids, _ = step_ids(tokenizer, row["prompt"], row["completions"], self.step_separator)
-            if context is None or len(ids) <= context:
-                found += score_steps(model, tokenizer, row["prompt"], row["completions"])
-        return found
+        prompts, answers = ([row[column] for row in rows] for column in ("prompt", "completions"))
+        found = chances_of_steps(model, tokenizer, prompts, answers, self.step_separator)
+        return [chance for chances in found if chances is not None for chance in chances]
 
     def reload(self, folder: Path, dtype: Any) -> Any:
         """The saved reward model and its tokenizer."""

@@ -40,8 +40,8 @@ def pipeline(
         held_out: Rows with `prompt`, to measure on before training and after.
         output_dir: The run folder.
     """
-    form = RewardSource("regex", name="form", weight=0.0, options={"pattern": LIST, "whole": True})
-    shape, cut = {"rank": 16, "alpha": 32, "target_modules": "all-linear"}, {"max_length": 256}
+    shape: dict[str, Any] = {"rank": 16, "alpha": 32, "target_modules": "all-linear"}
+    cut = {"max_length": 256}
     sft = TrainingStage(
         name="sft",
         description="learn from demonstrations",
@@ -67,7 +67,14 @@ def pipeline(
         logging_steps=4,
         trl=cut,
     )
-    ppo = TrainingStage(
+    stages = (sft, reward, _ppo(prompts, held_out, shape))
+    return TrainingPipeline(name="rlhf", model=model, output_dir=Path(output_dir), stages=stages)
+
+
+def _ppo(prompts: Any, held_out: Any, shape: dict[str, Any]) -> TrainingStage:
+    """PPO on the reward model's score; the form is measured beside it."""
+    form = RewardSource("regex", name="form", weight=0.0, options={"pattern": LIST, "whole": True})
+    return TrainingStage(
         name="ppo",
         description="learn from the reward model's scores",
         method=PPO(
@@ -86,7 +93,6 @@ def pipeline(
         checkpoint_save_steps=20,
         trl={"eval_on_start": True},
     )  # fmt: skip
-    return TrainingPipeline(name="rlhf", model=model, output_dir=Path(output_dir), stages=(sft, reward, ppo))
 
 
 if __name__ == "__main__":

@@ -24,7 +24,8 @@ from transformers import (
 )
 
 from stagekit.errors import ConfigError, StageError
-from stagekit.reward_models import BESIDE_ADAPTER, padded_logits, reading, silent_report, token_batches
+from stagekit.reading import context_length, padded_logits, reading, token_batches
+from stagekit.reward_models import BESIDE_ADAPTER, silent_report
 
 
 logger = logging.getLogger(__name__)
@@ -318,7 +319,9 @@ def score_steps(
     [chances] = chances_of_steps(model, tokenizer, [prompt], [steps], separator)
     if chances is None:
         tokens = len(step_ids(tokenizer, prompt, steps, separator)[0])
-        raise StageError(f"prompt and steps have {tokens} tokens, more than the model's context of {_context(model)}")
+        raise StageError(
+            f"prompt and steps have {tokens} tokens, more than the model's context of {context_length(model)}"
+        )
     return chances
 
 
@@ -337,7 +340,7 @@ def chances_of_steps(
         StageError: the model gives something that is no finite number.
     """
     laid_out = [step_ids(tokenizer, *pair, step_separator) for pair in zip(prompts, answers, strict=True)]
-    rows, context = [ids for ids, _ in laid_out], _context(model)
+    rows, context = [ids for ids, _ in laid_out], context_length(model)
     fitting = [index for index, row in enumerate(rows) if context is None or len(row) <= context]
     found: list[list[float] | None] = [None] * len(rows)
     pad = tokenizer.pad_token_id or 0  # masked, and on the right, where no step looks
@@ -350,12 +353,6 @@ def chances_of_steps(
                     raise StageError(f"the reward model scores the steps of answer {index} with {chances}")
                 found[index] = chances
     return found
-
-
-def _context(model: Any) -> int | None:
-    """The most tokens that the model reads."""
-    context: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return context
 
 
 def _laid_out(
